@@ -1,0 +1,35 @@
+"""Every error that graphprune raises on purpose.
+
+One root, so that ``except graphprune.GraphPruneError`` catches them all. A message says what is wrong, where (node,
+tensor, axis) and what to do, in one line.
+"""
+
+from __future__ import annotations
+
+
+class GraphPruneError(Exception):
+    """Root of all errors raised by graphprune."""
+
+
+class ModelError(GraphPruneError):
+    """The model cannot be read, is invalid, or cannot be written."""
+
+
+class OptionError(GraphPruneError):
+    """An argument is out of range, malformed, or names nothing in the model."""
+
+
+class NothingToPruneError(GraphPruneError):
+    """No coupling group is free, or the request removes nothing."""
+
+
+class RuleError(GraphPruneError):
+    """An op rule is malformed or contradicts the op's tensors."""
+
+
+class PlanError(GraphPruneError):
+    """A plan does not fit the model, or cannot be carried out."""
+
+
+class VerificationError(GraphPruneError):
+    """The pruned model is invalid or differs from the masked original."""
