@@ -1,0 +1,74 @@
+"""graphprune: a pruning compiler for ONNX networks.
+
+>>> import graphprune
+>>> issubclass(graphprune.VerificationError, graphprune.GraphPruneError)
+True
+
+Everything but the errors is imported on first use (PEP 562): ``import graphprune`` loads neither NumPy nor ONNX, which
+would take most of a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from graphprune.errors import (
+    GraphPruneError,
+    ModelError,
+    NothingToPruneError,
+    OptionError,
+    PlanError,
+    RuleError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from graphprune.analysis import Analysis as Analysis
+    from graphprune.groups import Group as Group
+    from graphprune.pipeline import analyze as analyze
+    from graphprune.pipeline import prune as prune
+    from graphprune.plan import Plan as Plan
+    from graphprune.report import Report as Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Analysis",
+    "GraphPruneError",
+    "Group",
+    "ModelError",
+    "NothingToPruneError",
+    "OptionError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "RuleError",
+    "VerificationError",
+    "__version__",
+    "analyze",
+    "prune",
+]
+
+# The home module of each lazy name; the imports under TYPE_CHECKING say the same to type checkers.
+_HOMES = {
+    "Analysis": "graphprune.analysis",
+    "Group": "graphprune.groups",
+    "Plan": "graphprune.plan",
+    "Report": "graphprune.report",
+    "analyze": "graphprune.pipeline",
+    "prune": "graphprune.pipeline",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'graphprune' has no attribute {name!r}")
+    value: object = getattr(importlib.import_module(home), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
