@@ -1,0 +1,397 @@
+"""What a model must satisfy before anything is computed from it: one clear line for everything that is wrong.
+
+Sizes are checked against the bytes that are there before an array is made, so that a small file cannot claim a huge amount of
+memory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from graphprune.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+#: Sparse initializers are made dense up to this many bytes in all.
+DENSE_LIMIT = 256 * 2**20
+
+#: Ops that ONNX Runtime registers in the standard domain although ONNX does not define them there, or only in later
+#: opsets. Its own optimizer and older exporters write them, so such a file is not a broken one.
+RUNTIME_OPS = frozenset(
+    "SimplifiedLayerNormalization LayerNormalization SkipLayerNormalization Affine Crop DynamicSlice GivenTensorFill"
+    " ImageScaler ParametricSoftplus Scale ScaledTanh ThresholdedRelu".split()
+)
+
+
+def one_line(error: object) -> str:
+    """The text of an exception without line breaks, at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def bit_width(data_type: int) -> int | None:
+    """Bits of one element; None for strings and for numbers that name no element type."""
+    import onnx_ir as ir
+
+    try:
+        return ir.DataType(data_type).bitwidth
+    except (TypeError, ValueError):
+        return None
+
+
+def nbytes_of(data_type: int, dims: Sequence[int]) -> int | None:
+    """Bytes that a tensor takes packed; None for strings."""
+    width = bit_width(data_type)
+    return None if width is None else (math.prod(dims) * width + 7) // 8
+
+
+def subgraphs(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+    """The graphs in the attributes of ``nodes``, nested ones too, outer before inner."""
+    for node in nodes:
+        for attribute in node.attribute:
+            for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield graph
+                yield from subgraphs(graph.node)
+
+
+def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    """The main graph and all subgraphs, those in functions too."""
+    yield proto.graph
+    yield from subgraphs(proto.graph.node)
+    for function in proto.functions:
+        yield from subgraphs(function.node)
+
+
+def node_lists(proto: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
+    """The nodes of every graph and function."""
+    for graph in graphs(proto):
+        yield graph.node
+    for function in proto.functions:
+        yield function.node
+
+
+def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | None = None) -> None:
+    """Check versions, names, tensor sizes and structure.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+        Sparse initializers already made dense (:func:`make_dense`).
+    where : str
+        The file or object, for messages.
+    lifted : dict, optional
+        Index of an initializer of the main graph to the number of bytes of its raw data, where that was cut out.
+
+    Raises
+    ------
+    ModelError
+        The first thing that is wrong. Shapes and types recorded for intermediate values (``value_info``) are not looked at:
+        exporters leave stale ones behind, and they are inferred again anyway.
+    """
+    import onnx
+
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelError(
+            f"{where}: the graph has no nodes, so there is nothing to prune; is this the right file?"
+        )
+    _check_versions(proto, where)
+    for graph in graphs(proto):
+        name = f"graph {graph.name!r}"
+        _check_unique([t.name for t in graph.initializer], "initializer", name, where)
+        _check_unique([v.name for v in graph.input], "input", name, where)
+        for index, tensor in enumerate(graph.initializer):
+            size = lifted.get(index) if lifted is not None and graph is proto.graph else None
+            check_tensor(tensor, f"initializer {tensor.name!r}", where, size)
+    _check_unique([(f.domain, f.name, f.overload) for f in proto.functions], "function", "the model", where)
+    for nodes in node_lists(proto):
+        for node in nodes:
+            for attribute in node.attribute:
+                for tensor in ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors):
+                    what = f"attribute {attribute.name!r} of {node.op_type} {node.name!r}"
+                    check_tensor(tensor, what, where)
+    try:
+        onnx.checker.check_model(_without_weights(proto))
+    except onnx.checker.ValidationError as error:
+        raise ModelError(f"{where}: not a valid ONNX graph: {one_line(error)}") from error
+
+
+def _check_versions(proto: onnx.ModelProto, where: str) -> None:
+    import onnx
+
+    upgrade = f"onnx {onnx.__version__} knows; upgrade onnx (and onnxruntime), or export with an older"
+    if proto.ir_version > onnx.IR_VERSION:
+        raise ModelError(
+            f"{where}: IR version {proto.ir_version} is newer than version {onnx.IR_VERSION}, the latest {upgrade} one"
+        )
+    _check_unique([o.domain for o in proto.opset_import], "opset import", "the model", where)
+    latest = {domain: versions[1] for domain, versions in onnx.defs.C.schema_version_map().items()}
+    latest["ai.onnx"] = latest[""]
+    for opset in proto.opset_import:
+        if opset.version > latest.get(opset.domain, opset.version):
+            raise ModelError(
+                f"{where}: opset {opset.version} of domain {opset.domain or 'ai.onnx'!r} is newer than opset"
+                f" {latest[opset.domain]}, the latest {upgrade} opset"
+            )
+
+
+def _check_unique(names: Sequence[object], what: str, owner: str, where: str) -> None:
+    if len(set(names)) == len(names):
+        return
+    seen: set[object] = set()
+    for name in names:
+        if name in seen:
+            raise ModelError(f"{where}: {what} {name!r} occurs twice in {owner}; rename one of them")
+        seen.add(name)
+
+
+def check_tensor(tensor: onnx.TensorProto, what: str, where: str, raw_bytes: int | None = None) -> None:
+    """Check the element type and that a tensor's data has the size its dimensions ask for.
+
+    Parameters
+    ----------
+    tensor : onnx.TensorProto
+        External ones have their type and dimensions checked only: see :func:`locate_external`.
+    what, where : str
+        For messages.
+    raw_bytes : int, optional
+        Size of its raw data where that was cut out of the message.
+
+    Raises
+    ------
+    ModelError
+        Unknown element type, negative dimension, or data of another size.
+    """
+    import onnx
+
+    known = onnx.TensorProto.DataType.values()
+    if tensor.data_type == onnx.TensorProto.UNDEFINED or tensor.data_type not in known:
+        raise ModelError(
+            f"{where}: {what} has element type {tensor.data_type}, which onnx {onnx.__version__} does not know;"
+            " export the model again, or upgrade onnx"
+        )
+    dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
+    shape = f"{dtype}{list(tensor.dims)}"
+    if any(size < 0 for size in tensor.dims):
+        raise ModelError(f"{where}: {what} has a negative dimension: {shape}")
+    if tensor.HasField("segment"):
+        raise ModelError(
+            f"{where}: {what} is stored in segments, which ONNX has deprecated; export the model again"
+        )
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        if tensor.data_type == onnx.TensorProto.STRING:
+            raise ModelError(f"{where}: {what} holds strings in external data, which ONNX does not allow")
+        return
+    expected, unit = nbytes_of(tensor.data_type, tensor.dims), "bytes"
+    if raw_bytes is not None or tensor.HasField("raw_data"):
+        found = raw_bytes if raw_bytes is not None else len(tensor.raw_data)
+        if expected is None:
+            raise ModelError(f"{where}: {what} holds strings as raw data, which ONNX does not allow")
+    else:
+        found, expected, unit = _typed_values(tensor), _typed_length(tensor), "values"
+    if found != expected:
+        raise ModelError(
+            f"{where}: {what}, {shape}, needs {expected} {unit} and holds {found}; the file is damaged, export it again"
+        )
+
+
+def _typed_values(tensor: onnx.TensorProto) -> int:
+    """Number of entries in the typed field that belongs to the element type."""
+    import onnx
+
+    data = onnx.helper.tensor_dtype_to_field(tensor.data_type)
+    return len(getattr(tensor, data))
+
+
+def _typed_length(tensor: onnx.TensorProto) -> int:
+    """Number of entries its typed field must have: complex numbers take two, packed 4- and 2-bit types share one."""
+    import onnx
+
+    count = math.prod(tensor.dims)
+    if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
+        return 2 * count
+    width = bit_width(tensor.data_type)
+    return (count * width + 7) // 8 if width in (2, 4) else count
+
+
+def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy for the structural checker: no tensor contents, no intermediate shapes, no ops private to ONNX Runtime."""
+    import onnx
+
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    for graph in graphs(bare):
+        del graph.value_info[:]
+        for tensor in graph.initializer:
+            _empty(tensor)
+    opsets = {o.domain: o.version for o in bare.opset_import}
+    private = False
+    for nodes in node_lists(bare):
+        for node in nodes:
+            for attribute in node.attribute:
+                for tensor in ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors):
+                    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                        _empty(tensor)
+            if node.op_type in RUNTIME_OPS and node.domain in ("", "ai.onnx"):
+                version = opsets.get("", opsets.get("ai.onnx", 1))
+                if not onnx.defs.has(node.op_type, version, ""):
+                    node.domain, private = "com.microsoft", True
+    if private and "com.microsoft" not in opsets:
+        bare.opset_import.add(domain="com.microsoft", version=1)
+    return bare
+
+
+def _empty(tensor: onnx.TensorProto) -> None:
+    """Turn a tensor whose contents were checked elsewhere into a valid one without contents."""
+    name, data_type = tensor.name, tensor.data_type
+    tensor.Clear()
+    tensor.name, tensor.data_type = name, data_type
+    tensor.dims.append(0)
+
+
+class Region(NamedTuple):
+    """Where external data lies: a file that was checked, and a range inside it."""
+
+    path: str
+    offset: int
+    nbytes: int
+
+
+def locate_external(
+    location: str,
+    offset: int | None,
+    length: int | None,
+    nbytes: int,
+    folders: Sequence[str],
+    what: str,
+    where: str,
+) -> Region:
+    """Check a reference to external data.
+
+    Parameters
+    ----------
+    location : str
+        Path relative to the model's folder.
+    offset, length : int, optional
+        As recorded; the offset is 0 and the length the tensor's where missing.
+    nbytes : int
+        Size of the tensor by its type and dimensions.
+    folders : sequence of str
+        The model's folder first; then the real folder of the file where the model's path is a symbolic link (model caches
+        keep both files in one folder of blobs and link to them).
+    what, where : str
+        For messages.
+
+    Raises
+    ------
+    ModelError
+        No file there, a path that leaves the folder (by ``..``, absolutely, or through a symbolic link), or a range that
+        does not lie in the file or is not the tensor's size.
+    """
+    move = "external data must lie in the model's folder; move it there and save the model again"
+    if not location or "\0" in location:
+        raise ModelError(f"{where}: {what} has external data without a location; export the model again")
+    if os.path.isabs(location) or location.startswith(("/", "\\")) or location[1:2] == ":":
+        raise ModelError(f"{where}: {what} refers to external data by the absolute path {location!r}; {move}")
+    path = os.path.join(folders[0], location)
+    real = os.path.realpath(path)
+    inside = any(os.path.commonpath([real, os.path.realpath(f)]) == os.path.realpath(f) for f in folders)
+    if ".." in location.replace("\\", "/").split("/") or not inside:
+        raise ModelError(
+            f"{where}: {what} refers to external data outside the model's folder: {location!r}; {move}"
+        )
+    if not os.path.exists(path):
+        raise ModelError(
+            f"{where}: external data file {location!r} of {what} is missing in {os.path.abspath(folders[0])!r};"
+            " copy it beside the model"
+        )
+    if not os.path.isfile(path):
+        raise ModelError(f"{where}: external data {location!r} of {what} is not a file")
+    start, size = offset or 0, nbytes if length is None else length
+    if size != nbytes:
+        raise ModelError(
+            f"{where}: external data of {what} has {size} bytes and its type and shape need {nbytes}"
+        )
+    total = os.path.getsize(path)
+    if start < 0 or start + size > total:
+        raise ModelError(
+            f"{where}: external data of {what} lies at bytes {start} to {start + size} of {location!r}, which has {total};"
+            " the data file is truncated or belongs to another model"
+        )
+    return Region(path, start, nbytes)
+
+
+def make_dense(proto: onnx.ModelProto, where: str) -> None:
+    """Replace, in place, sparse initializers and sparse constants by dense ones: onnx_ir would drop them silently.
+
+    Raises
+    ------
+    ModelError
+        If they are malformed, or take more than ``DENSE_LIMIT`` bytes in all.
+    """
+    import onnx
+
+    left = DENSE_LIMIT
+    for graph in graphs(proto):
+        for sparse in graph.sparse_initializer:
+            dense = _densify(sparse, f"sparse initializer {sparse.values.name!r}", where, left)
+            left -= len(dense.raw_data)
+            graph.initializer.append(dense)
+        del graph.sparse_initializer[:]
+    for nodes in node_lists(proto):
+        for node in nodes:
+            for attribute in node.attribute:
+                if not attribute.HasField("sparse_tensor") and not attribute.sparse_tensors:
+                    continue
+                if node.op_type != "Constant" or attribute.name != "sparse_value":
+                    raise ModelError(
+                        f"{where}: {node.op_type} {node.name!r} has a sparse attribute; make it dense"
+                    )
+                dense = _densify(attribute.sparse_tensor, f"sparse constant {node.name!r}", where, left)
+                left -= len(dense.raw_data)
+                attribute.ClearField("sparse_tensor")
+                attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+                attribute.t.CopyFrom(dense)
+
+
+def _densify(sparse: onnx.SparseTensorProto, what: str, where: str, limit: int) -> onnx.TensorProto:
+    import numpy as np
+    import onnx
+
+    for part, name in ((sparse.values, "values"), (sparse.indices, "indices")):
+        check_tensor(part, f"{name} of {what}", where)
+        if part.data_location == onnx.TensorProto.EXTERNAL:
+            raise ModelError(
+                f"{where}: {what} keeps its {name} in external data; save it as a dense initializer"
+            )
+    if any(size < 0 for size in sparse.dims):
+        raise ModelError(f"{where}: {what} has a negative dimension: {list(sparse.dims)}")
+    nbytes = nbytes_of(sparse.values.data_type, sparse.dims)
+    if nbytes is None or nbytes > limit:
+        raise ModelError(
+            f"{where}: {what} of shape {list(sparse.dims)} takes {nbytes or 0} bytes when dense, more than the"
+            f" {limit} that are left of {DENSE_LIMIT}; save it as a dense initializer"
+        )
+    values = onnx.numpy_helper.to_array(sparse.values)
+    indices = onnx.numpy_helper.to_array(sparse.indices)
+    rank, count = len(sparse.dims), math.prod(sparse.dims)
+    if (
+        indices.dtype != np.int64
+        or values.ndim != 1
+        or indices.shape not in ((values.size,), (values.size, rank))
+    ):
+        raise ModelError(
+            f"{where}: {what} has indices of {indices.dtype}{indices.shape} for {values.shape} values"
+        )
+    bounds = np.asarray(sparse.dims if indices.ndim == 2 else [count])
+    if ((indices < 0) | (indices >= bounds)).any():
+        raise ModelError(f"{where}: {what} has an index outside its shape {list(sparse.dims)}")
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 2:
+        dense[tuple(indices.T)] = values
+    else:
+        dense.reshape(-1)[indices] = values
+    return onnx.numpy_helper.from_array(dense, sparse.values.name)
