@@ -49,9 +49,7 @@ def walk_if(walk: Walk, node: ir.Node, scope: Scope) -> None:
         if len(inputs) == 1 and inputs[0] is not None:
             output.data = inputs[0].data
         elif inputs[1] is not None and inputs[1].shape != output.shape:
-            output.shape = None
-        if output.shape is None and not scope.path and value in walk.hints:
-            output.shape = walk.hints[value][1]
+            _use_hint(walk, scope, value, output)
 
 
 def walk_loop(walk: Walk, node: ir.Node, scope: Scope) -> None:
@@ -65,9 +63,9 @@ def walk_loop(walk: Walk, node: ir.Node, scope: Scope) -> None:
 
     finals = node.outputs[: len(initial)]
     _iterate(walk, node, scope, body, initial, body.inputs[2:], body.outputs[1:], finals, enter)
-    trips, fixed = _trips(walk, node, scope, body)
+    trips = _trips(walk, node, scope, body)
     for value, result in zip(node.outputs[len(initial) :], body.outputs[1 + len(initial) :], strict=False):
-        _stack(walk, node, scope, result, value, 0, trips, fixed)
+        _stack(walk, node, scope, result, value, 0, trips)
 
 
 def walk_scan(walk: Walk, node: ir.Node, scope: Scope) -> None:
@@ -100,7 +98,7 @@ def walk_scan(walk: Walk, node: ir.Node, scope: Scope) -> None:
     finals = node.outputs[:states]
     _iterate(walk, node, scope, body, operands[:states], body.inputs[:states], body.outputs, finals, enter)
     for k, axis in enumerate(out_axes):
-        _stack(walk, node, scope, body.outputs[states + k], node.outputs[states + k], axis, trips, True)
+        _stack(walk, node, scope, body.outputs[states + k], node.outputs[states + k], axis, trips)
 
 
 def _iterate(
@@ -141,9 +139,7 @@ def _iterate(
             break
         walk.rewind(mark)
     for k in changing:
-        last = scope.tensors[finals[k]]
-        if not scope.path and finals[k] in walk.hints:
-            last.shape = walk.hints[finals[k]][1]
+        _use_hint(walk, scope, finals[k], scope.tensors[finals[k]])
 
 
 def _stack(
@@ -154,30 +150,29 @@ def _stack(
     value: ir.Value,
     axis: int,
     trips: int | None,
-    fixed: bool,
 ) -> None:
     item = walk.read(result, scope)
     output = walk.new_tensor(scope, value, item.dtype)
     if item.shape is not None:
         axis %= len(item.shape) + 1
-        length = UNKNOWN_ITERATIONS if trips is None else trips
+        length = UNKNOWN_ITERATIONS + walk.stretch if trips is None else trips
         output.shape = (*item.shape[:axis], length, *item.shape[axis:])
     walk.add_op(node, scope, "Stack", TWIN_DOMAIN, {"axis": axis}, [item], [output])
-    if not fixed:
-        walk.forced.append(output)
+    if trips is None:
+        walk.guessed.append(output)
 
 
-def _trips(walk: Walk, node: ir.Node, scope: Scope, body: ir.Graph) -> tuple[int | None, bool]:
-    """Number of iterations of a Loop, and whether nothing in the run can change it."""
+def _trips(walk: Walk, node: ir.Node, scope: Scope, body: ir.Graph) -> int | None:
+    """Number of iterations of a Loop; None if it depends on contents."""
     limit = walk.operand(node.inputs[0], scope, keep=False) if len(node.inputs) > 0 else None
     condition = walk.operand(node.inputs[1], scope, keep=False) if len(node.inputs) > 1 else None
     if condition is not None:
         if condition.data is None:
-            return None, False
+            return None
         if not bool(np.all(condition.data)):
-            return 0, True
+            return 0
     if limit is None or limit.data is None or limit.data.size != 1:
-        return None, False
+        return None
     # The body's own condition: passed through, or known to be true.
     going_on = body.outputs[0]
     producer = going_on.producer()
@@ -187,14 +182,22 @@ def _trips(walk: Walk, node: ir.Node, scope: Scope, body: ir.Graph) -> tuple[int
     if going_on is not body.inputs[1]:
         known = walk.read(going_on, scope, keep=False).data
         if known is None or not bool(np.all(known)):
-            return None, False
-    return max(int(limit.data.reshape(())), 0), True
+            return None
+    return max(int(limit.data.reshape(())), 0)
 
 
 def _body(walk: Walk, node: ir.Node, scope: Scope, name: str) -> ir.Graph:
     attribute = walk.resolve(node.attributes[name], scope)
     assert attribute is not None
     return attribute.as_graph()
+
+
+def _use_hint(walk: Walk, scope: Scope, value: ir.Value, output: Tensor) -> None:
+    """For a result whose shape depends on the run: the shape seen in one, if there was one."""
+    output.shape = None
+    if not scope.path and value in walk.hints:
+        output.shape = walk.hints[value][1]
+        walk.guessed.append(output)
 
 
 def _copy_type(walk: Walk, source: Tensor | None, target: Tensor) -> None:
@@ -206,4 +209,8 @@ def _copy_type(walk: Walk, source: Tensor | None, target: Tensor) -> None:
 
 
 #: How each control-flow op of the standard domain is walked.
-WALKERS: dict[str, Callable[[Walk, ir.Node, Scope], None]] = {"If": walk_if, "Loop": walk_loop, "Scan": walk_scan}
+WALKERS: dict[str, Callable[[Walk, ir.Node, Scope], None]] = {
+    "If": walk_if,
+    "Loop": walk_loop,
+    "Scan": walk_scan,
+}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, SupportsInt, TypeAlias, cast
 
 import numpy as np
 import onnx
@@ -83,9 +83,8 @@ def node_proto(op: Op) -> onnx.NodeProto:
             value = proto
         elif isinstance(value, list) and not value and declared is None:
             continue
-        node.attribute.append(
-            onnx.helper.make_attribute(name, value, attr_type=int(declared.type) if declared else None)
-        )
+        kind = int(cast(SupportsInt, declared.type)) if declared is not None else None
+        node.attribute.append(onnx.helper.make_attribute(name, value, attr_type=kind))
     return node
 
 
@@ -272,7 +271,7 @@ def run_reference(op: Op, arrays: Sequence[Array | None]) -> list[Array]:
     return [np.array(output) if isinstance(output, np.ndarray) else output for output in outputs]
 
 
-def run_onnxruntime(op: Op, arrays: Sequence[Array | None]) -> list[Array]:
+def run_onnxruntime(op: Op, arrays: Sequence[Array | None]) -> list[Array | None]:
     """Runs one op in ONNX Runtime on the CPU: for other domains and ops without a reference implementation."""
     import onnxruntime
 
@@ -292,7 +291,9 @@ def run_onnxruntime(op: Op, arrays: Sequence[Array | None]) -> list[Array]:
     )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     results = iter(session.run(None, {f"i{k}": array for k, array in enumerate(arrays) if array is not None}))
     return [next(results) if name else None for name in node.output]
 

@@ -13,6 +13,8 @@ from graphprune.walk import Hint
 
 #: ONNX's limit for a model in one message.
 _MAX_PROTO = 2**31 - 2**20
+#: Newest format version that ONNX Runtime is asked to read; the versions after it only added optional fields.
+_MAX_IR_VERSION = 11
 
 
 def measure(
@@ -40,6 +42,7 @@ def measure(
     if stored > _MAX_PROTO:
         raise ModelError("the model cannot be run to see unknown shapes: it is larger than 2 GB in memory")
     proto = ir.serde.serialize_model(model)
+    proto.ir_version = min(proto.ir_version, _MAX_IR_VERSION)
     del proto.graph.value_info[:]
     for value_info in proto.graph.input:
         shape = sizes.get(value_info.name)
@@ -62,14 +65,16 @@ def measure(
         session = onnxruntime.InferenceSession(
             proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        results = session.run(names, {i.name: random_input(i.type, sizes[i.name]) for i in session.get_inputs()})
+        results = session.run(
+            names, {i.name: random_input(i.type, sizes[i.name]) for i in session.get_inputs()}
+        )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" Status Message: ")[-1]
         raise ModelError(f"the model cannot be run to see unknown shapes: {reason}") from error
     seen = dict(zip(names, results, strict=True))
     hints: dict[ir.Value, Hint] = {}
     for value in values:
-        array = seen.get(value.name)
+        array = seen.get(value.name or "")
         if isinstance(array, np.ndarray):
             strings = array.dtype.kind in "OUS"
             dtype = ir.DataType.STRING if strings else ir.DataType.from_numpy(array.dtype)
@@ -104,7 +109,7 @@ def random_input(kind: str, shape: tuple[int, ...] | None) -> np.ndarray:
 
 
 def stored(values: Iterable[ir.Value], bound: Mapping[str, int]) -> dict[ir.Value, Hint]:
-    """What the model itself says about ``values``, its symbols replaced by their sizes; used where no run is possible."""
+    """What the model itself says about ``values``, with its symbols replaced by their sizes."""
     hints: dict[ir.Value, Hint] = {}
     for value in values:
         if value.shape is None:

@@ -20,7 +20,9 @@ from graphprune.errors import OptionError
 _BATCH = re.compile(r"batch|^(n|b|bs|bsz)$|^N\b", re.IGNORECASE)
 _IMAGE = re.compile(r"height|width|^(h|w|ih|iw|img\w*|image\w*|\w*size_?[hwxy])$", re.IGNORECASE)
 _PAST = re.compile(r"past|cache|prefix|history", re.IGNORECASE)
-_TOTAL = re.compile(r"total|past_?(key)?\w*(plus|\+)|attention_mask\w*seq|kv_?(seq|len)|all_seq", re.IGNORECASE)
+_TOTAL = re.compile(
+    r"total|past_?(key)?\w*(plus|\+)|attention_mask\w*seq|kv_?(seq|len)|all_seq", re.IGNORECASE
+)
 _SEQUENCE = re.compile(r"seq|len|time|token|frame|step|word|^(t|s|l)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"channel|^c$", re.IGNORECASE)
 
@@ -47,7 +49,11 @@ class Policy:
         """Other sizes of the same kind, for the second look that tells what depends on them."""
         if doubled:
             return replace(
-                self, batch=self.batch + 1, image=2 * self.image, sequence=2 * self.sequence, past=2 * self.past
+                self,
+                batch=self.batch + 1,
+                image=2 * self.image,
+                sequence=2 * self.sequence,
+                past=2 * self.past,
             )
         return replace(
             self,
@@ -76,7 +82,9 @@ POLICIES = (
 
 def is_dynamic(model: ir.Model) -> bool:
     """True if an input of the main graph has a dimension, or a rank, that is not a number."""
-    return any(value.shape is None or not value.shape.is_static() for value in real_inputs(model) if is_tensor(value))
+    return any(
+        value.shape is None or not value.shape.is_static() for value in real_inputs(model) if is_tensor(value)
+    )
 
 
 def real_inputs(model: ir.Model) -> Iterator[ir.Value]:
@@ -89,7 +97,9 @@ def is_tensor(value: ir.Value) -> bool:
     return value.type is None or isinstance(value.type, ir.TensorType)
 
 
-def check_input_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+def check_input_shapes(
+    model: ir.Model, input_shapes: Mapping[str, Sequence[int]]
+) -> dict[str, tuple[int, ...]]:
     """The user's shapes as tuples.
 
     Raises:
@@ -109,7 +119,7 @@ def check_input_shapes(model: ir.Model, input_shapes: Mapping[str, Sequence[int]
         if declared is not None:
             if len(declared) != len(shape):
                 raise OptionError(
-                    f"--input-shape {name}:{text}: rank {len(shape)} given, but the model's input has rank {len(declared)}"
+                    f"--input-shape {name}:{text}: this is rank {len(shape)}, the model's input has {len(declared)}"
                 )
             for axis, (size, dim) in enumerate(zip(shape, declared, strict=True)):
                 if isinstance(dim, int) and dim > 0 and dim != size:
@@ -264,7 +274,9 @@ def _from_sum(name: str | None, bound: dict[str, int], policy: Policy) -> int | 
                 return number
             case ast.Name(symbol):
                 if symbol not in bound:
-                    role = "past" if _PAST.search(symbol) else "batch" if _BATCH.search(symbol) else "sequence"
+                    role = (
+                        "past" if _PAST.search(symbol) else "batch" if _BATCH.search(symbol) else "sequence"
+                    )
                     bound[symbol] = _size(role, policy)
                 return bound[symbol]
         raise ValueError(name)

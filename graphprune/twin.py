@@ -43,8 +43,7 @@ def build_twin(
     symbols = dict(dynamic_sizes or {})
     builder = _Builder(model, given, symbols)
     walk, policy = builder.first_walk()
-    dynamic = sizes.is_dynamic(model)
-    if dynamic:
+    if sizes.is_dynamic(model) or walk.guessed:
         walk = builder.compare(walk, policy)
     notes = builder.notes
     _fill_uses(walk)
@@ -52,16 +51,16 @@ def build_twin(
     _unique_names(walk)
     for name, message in walk.errors:
         notes.append((name, f"shape inference: {message}"))
-    for tensor in walk.tensors:
-        if tensor.shape is None and tensor not in walk.types:
-            notes.append((tensor.name, "its shape is not known"))
+    notes.extend((tensor.name, "its shape is not known") for tensor in _unknown(walk))
     return Graph(model, walk.ops, walk.tensors, walk.inputs, walk.outputs, notes)
 
 
 class _Builder:
     """The walks over one model, and what they learn from each other."""
 
-    def __init__(self, model: ir.Model, given: Mapping[str, tuple[int, ...]], symbols: Mapping[str, int]) -> None:
+    def __init__(
+        self, model: ir.Model, given: Mapping[str, tuple[int, ...]], symbols: Mapping[str, int]
+    ) -> None:
         self.model = model
         self.given = given
         self.symbols = symbols
@@ -72,35 +71,46 @@ class _Builder:
     def walk(
         self,
         shapes: Mapping[str, tuple[int, ...] | None],
-        bound: Mapping[str, int],
         hints: Mapping[ir.Value, Hint] | None = None,
+        stretch: int = 0,
     ) -> Walk:
-        """One walk; unknown shapes are looked up in a run of the model, and the walk repeated with them."""
-        walk = Walk(self.model, shapes, self.inference, hints, self.undecided)
+        """One walk at the given input shapes."""
+        walk = Walk(self.model, shapes, self.inference, hints, self.undecided, stretch)
         walk.run()
         return walk
 
-    def complete(self, walk: Walk, shapes: Mapping[str, tuple[int, ...] | None], bound: Mapping[str, int]) -> Walk:
+    def complete(
+        self,
+        walk: Walk,
+        shapes: Mapping[str, tuple[int, ...] | None],
+        bound: Mapping[str, int],
+        stretch: int = 0,
+    ) -> Walk:
         """Repeats a walk with what a run of the model shows about the values that inference left open."""
         from graphprune import measure
 
-        unknown = [
-            tensor.value
-            for tensor in walk.tensors
-            if tensor.shape is None and tensor not in walk.types and tensor.value is not None
-        ]
+        unknown = [tensor.value for tensor in _unknown(walk) if tensor.value is not None]
+        if not unknown:
+            return walk
+        stored = measure.stored(unknown, bound)
         mine = [value for value in unknown if value.graph is self.model.graph]
-        if not mine:
-            return walk
-        hints: dict[ir.Value, Hint] = {}
-        try:
-            hints = measure.measure(self.model, mine, shapes)
-        except ModelError as error:
-            self.notes.append((self.model.graph.name or "model", str(error)))
-            hints = measure.stored(mine, bound)
-        if not hints:
-            return walk
-        return self.walk(shapes, bound, hints)
+        measured: dict[ir.Value, Hint] = {}
+        reason: str | None = None
+        if mine:
+            try:
+                measured = measure.measure(self.model, mine, shapes)
+            except ModelError as error:
+                reason = str(error)
+        # Where the shape depends on contents, the model's word counts more than a run on random contents; where
+        # nobody but the runtime knows the op, the run counts more.
+        declared = {value: hint for value, hint in stored.items() if _is_standard(value)}
+        best = self.walk(shapes, {**stored, **measured, **declared}, stretch)
+        if best.errors and measured:
+            other = self.walk(shapes, {**stored, **measured}, stretch)
+            best = min(best, other, key=lambda each: len(each.errors))
+        if reason is not None and _unknown(best):
+            self.notes.append((self.model.graph.name or "model", reason))
+        return best
 
     def first_walk(self) -> tuple[Walk, sizes.Policy]:
         """A walk at sizes at which the model is consistent."""
@@ -112,7 +122,7 @@ class _Builder:
             if tuple(shapes.items()) in tried:
                 continue
             tried.add(tuple(shapes.items()))
-            walk = self.walk(shapes, bound)
+            walk = self.walk(shapes)
             problem = walk.errors[0] if walk.errors else _emptied(walk) if dynamic else None
             if problem is None or not dynamic:
                 return self.complete(walk, shapes, bound), policy
@@ -137,25 +147,28 @@ class _Builder:
                 break
             self.undecided |= differing
             shapes, bound = sizes.input_sizes(self.model, policy, self.given, self.symbols)
-            walk = self.complete(self.walk(shapes, bound), shapes, bound)
-        if [op.node for op in walk.ops] != [op.node for op in other.ops] or len(walk.tensors) != len(other.tensors):
+            walk = self.complete(self.walk(shapes), shapes, bound)
+        if [op.node for op in walk.ops] != [op.node for op in other.ops] or len(walk.tensors) != len(
+            other.tensors
+        ):
             _taint(walk)
             return walk
         for tensor, twin in zip(walk.tensors, other.tensors, strict=True):
             tensor.dynamic = tensor.shape != twin.shape or not _same(tensor.data, twin.data)
-        for tensor in walk.forced:
+        for tensor in walk.guessed:
             tensor.dynamic = True
         return walk
 
     def _second_walk(self, policy: sizes.Policy) -> Walk | None:
         for doubled in (False, True):
-            larger = policy.larger(doubled)
             enlarge = _enlarge(doubled)
             symbols = {name: enlarge("sequence", size) for name, size in self.symbols.items()}
-            shapes, bound = sizes.input_sizes(self.model, larger, self.given, symbols, enlarge)
-            walk = self.walk(shapes, bound)
+            shapes, bound = sizes.input_sizes(
+                self.model, policy.larger(doubled), self.given, symbols, enlarge
+            )
+            walk = self.walk(shapes, stretch=1)
             if not walk.errors and _emptied(walk) is None:
-                return self.complete(walk, shapes, bound)
+                return self.complete(walk, shapes, bound, stretch=1)
         return None
 
 
@@ -168,6 +181,23 @@ def _enlarge(doubled: bool) -> Callable[[str, int], int]:
         return 2 * size if doubled or size == 1 else size + size // 2
 
     return enlarge
+
+
+def _is_standard(value: ir.Value) -> bool:
+    """True if the value is made by an op of ONNX itself."""
+    node = value.producer()
+    return node is not None and not node.domain
+
+
+def _unknown(walk: Walk) -> list[Tensor]:
+    """The tensors without a shape that something reads; sequences and the like do not count."""
+    read = {tensor for op in walk.ops for tensor in op.inputs if tensor is not None}
+    read.update(walk.outputs)
+    return [
+        tensor
+        for tensor in walk.tensors
+        if tensor.shape is None and tensor not in walk.types and tensor in read
+    ]
 
 
 def _emptied(walk: Walk) -> tuple[str, str] | None:
@@ -194,13 +224,17 @@ def _taint(walk: Walk) -> None:
     for tensor in walk.inputs:
         shape = tensor.value.shape if tensor.value is not None else None
         tensor.dynamic = shape is None or not shape.is_static()
-    for tensor in walk.forced:
+    for tensor in walk.guessed:
         tensor.dynamic = True
-    for op in walk.ops:
-        if any(tensor is not None and tensor.dynamic for tensor in op.inputs):
-            for tensor in op.outputs:
-                if tensor is not None:
-                    tensor.dynamic = True
+    changed = True
+    while changed:  # more than once only where a loop leads back
+        changed = False
+        for op in walk.ops:
+            if not any(tensor is not None and tensor.dynamic for tensor in op.inputs):
+                continue
+            for output in op.outputs:
+                if output is not None and not output.dynamic:
+                    output.dynamic = changed = True
 
 
 def _fill_uses(walk: Walk) -> None:
@@ -213,13 +247,15 @@ def _fill_uses(walk: Walk) -> None:
 def _set_constant(walk: Walk) -> None:
     for op in walk.ops:
         constant = _is_constant(op)
-        for tensor in op.outputs:
-            if tensor is not None:
-                tensor.constant = constant
+        for output in op.outputs:
+            if output is not None:
+                output.constant = constant
 
 
 def _is_constant(op: Op) -> bool:
     inputs = [tensor for tensor in op.inputs if tensor is not None]
+    if not inputs and op.domain:
+        return False
     if op.domain == TWIN_DOMAIN:
         return op.op_type == "Join" and len(inputs) == 1 and inputs[0].constant
     if op.op_type in ("Shape", "Size") and not op.domain:

@@ -61,13 +61,15 @@ class Walk:
         inference: Shared by all walks over the same model.
         hints: Element types and shapes for values of the main graph that inference cannot know.
         undecided: If nodes of which both branches are to be walked although the condition is known.
+        stretch: Added to every size that depends on the contents of a tensor (NonZero, loops of unknown length), so
+            that two walks tell what follows from it.
 
     Attributes:
         ops, tensors, inputs, outputs: As in :class:`graphprune.graph.Graph`.
         types: Types of sequences, optionals and maps.
         errors: (op name, message) of each op whose inputs contradict each other.
         decisions: Which branch was taken, for each If with a known condition.
-        forced: Tensors that are dynamic although both walks may see the same size (loops of unknown length).
+        guessed: Tensors whose size depends on contents that only a run can tell.
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class Walk:
         inference: Inference,
         hints: Mapping[ir.Value, Hint] | None = None,
         undecided: Iterable[NodeKey] = (),
+        stretch: int = 0,
     ) -> None:
         self.model = model
         self.sizes = sizes
         self.inference = inference
         self.hints = hints or {}
         self.undecided = frozenset(undecided)
+        self.stretch = stretch
         self.ops: list[Op] = []
         self.tensors: list[Tensor] = []
         self.inputs: list[Tensor] = []
@@ -90,8 +94,9 @@ class Walk:
         self.types: dict[Tensor, Type] = {}
         self.errors: list[tuple[str, str]] = []
         self.decisions: dict[NodeKey, bool] = {}
-        self.forced: list[Tensor] = []
-        self._contents: dict[ir.Value, Array | None] = {}
+        self.guessed: list[Tensor] = []
+        self._contents: dict[ir.Value, Array] = {}
+        self._shared: list[tuple[ir.Value, Scope]] = []
 
     def run(self) -> None:
         """Walks the main graph.
@@ -136,14 +141,17 @@ class Walk:
         inputs.extend(self.operand(value, scope) for value in captured(node))
         self.emit(node, scope, node.op_type, node.domain, self.attributes(node, scope), inputs, node.outputs)
 
-    def mark(self) -> tuple[int, int, int, int]:
+    def mark(self) -> tuple[int, ...]:
         """How far the walk has come, for :meth:`rewind`."""
-        return len(self.ops), len(self.tensors), len(self.errors), len(self.forced)
+        return len(self.ops), len(self.tensors), len(self.errors), len(self.guessed), len(self._shared)
 
-    def rewind(self, mark: tuple[int, int, int, int]) -> None:
+    def rewind(self, mark: tuple[int, ...]) -> None:
         """Forgets all that was added since ``mark``."""
-        for made, length in zip((self.ops, self.tensors, self.errors, self.forced), mark, strict=True):
-            del made[length:]
+        ops, tensors, errors, guessed, shared = mark
+        del self.ops[ops:], self.tensors[tensors:], self.errors[errors:], self.guessed[guessed:]
+        for value, scope in self._shared[shared:]:
+            del scope.tensors[value]
+        del self._shared[shared:]
 
     # ----- tensors ---------------------------------------------------------------------------------------------
 
@@ -190,6 +198,7 @@ class Walk:
             shape = tensor.shape
             if shape is not None and len(shape) > 1 and int(np.prod(shape)) > _SMALL:
                 scope.tensors[value] = tensor
+                self._shared.append((value, scope))
         return tensor
 
     def _constant_tensor(self, value: ir.Value, scope: Scope) -> Tensor:
@@ -251,7 +260,10 @@ class Walk:
         outputs: Sequence[ir.Value | None],
     ) -> Op:
         """Adds an op with new tensors for ``outputs`` and works out their types and contents."""
-        tensors = [self.new_tensor(scope, value) if value is not None and value.name != "" else None for value in outputs]
+        tensors = [
+            self.new_tensor(scope, value) if value is not None and value.name != "" else None
+            for value in outputs
+        ]
         op = self.add_op(node, scope, op_type, domain, attributes, inputs, tensors)
         self._infer(op, scope)
         return op
@@ -268,7 +280,16 @@ class Walk:
     ) -> Op:
         """Adds an op as it is."""
         version = node.version if node.version is not None else scope.opsets.get(domain, 1)
-        op = Op(op_type, domain, 1 if domain == TWIN_DOMAIN else version, attributes, inputs, outputs, node, scope.path)
+        op = Op(
+            op_type,
+            domain,
+            1 if domain == TWIN_DOMAIN else version,
+            attributes,
+            inputs,
+            outputs,
+            node,
+            scope.path,
+        )
         op.index = len(self.ops)
         self.ops.append(op)
         for tensor in outputs:
@@ -299,7 +320,7 @@ class Walk:
             if tensor.shape is None or tensor.dtype is None:
                 complete = False
         if not complete:
-            self._complete(op, scope)
+            self._complete(op, scope, found)
         self._check_sizes(op)
         self._evaluate(op)
 
@@ -315,11 +336,13 @@ class Walk:
         if op.op_type == "Size":
             data = np.asarray(int(np.prod(source.shape, dtype=np.int64)), np.int64)
         else:
-            data = np.asarray(source.shape[op.attributes.get("start", 0) : op.attributes.get("end")], np.int64)
+            data = np.asarray(
+                source.shape[op.attributes.get("start", 0) : op.attributes.get("end")], np.int64
+            )
         output.shape = data.shape
         output.data = _read_only(data)
 
-    def _complete(self, op: Op, scope: Scope) -> None:
+    def _complete(self, op: Op, scope: Scope, found: Sequence[Type | None]) -> None:
         """Fills in what ONNX's inference left open: rules first, then what was seen or stored in the model."""
         try:
             from graphprune import rules
@@ -337,7 +360,7 @@ class Walk:
             if tensor.shape is None and shapes is not None and k < len(shapes) and shapes[k] is not None:
                 tensor.shape = shapes[k]
             if tensor.shape is None and hint is not None:
-                tensor.shape = hint[1]
+                self.guess(tensor, hint[1], open_axes(found[k], len(hint[1])) if known_op else ())
             if tensor.dtype is None and value is not None:
                 tensor.dtype = (hint[0] if hint is not None else None) or value.dtype
                 if value.type is not None and not isinstance(value.type, ir.TensorType):
@@ -345,18 +368,36 @@ class Walk:
                 elif tensor.dtype is None and not known_op:
                     tensor.dtype = first
 
+    def guess(self, tensor: Tensor, shape: tuple[int, ...], free: Iterable[int]) -> None:
+        """Gives a tensor the shape seen in a run; the axes ``free`` depend on contents."""
+        axes = set(free)
+        tensor.shape = tuple(size + self.stretch if axis in axes else size for axis, size in enumerate(shape))
+        if axes:
+            self.guessed.append(tensor)
+
     def _check_sizes(self, op: Op) -> None:
         """Contradictions that ONNX's inference lets pass."""
         for tensor in op.outputs:
             if tensor is not None and tensor.shape is not None and min(tensor.shape, default=0) < 0:
-                self.errors.append((op.name, f"output {tensor.name!r} would have the shape {list(tensor.shape)}"))
+                self.errors.append(
+                    (op.name, f"output {tensor.name!r} would have the shape {list(tensor.shape)}")
+                )
                 tensor.shape = None
         if op.op_type == "Conv" and not op.domain and len(op.inputs) > 1:
             x, w = op.inputs[0], op.inputs[1]
-            if x is not None and w is not None and x.shape and w.shape and len(x.shape) > 1 and len(w.shape) > 1:
+            if (
+                x is not None
+                and w is not None
+                and x.shape
+                and w.shape
+                and len(x.shape) > 1
+                and len(w.shape) > 1
+            ):
                 expected = w.shape[1] * int(op.attributes.get("group", 1))
                 if x.shape[1] != expected:
-                    self.errors.append((op.name, f"it has {x.shape[1]} input channels, its weight {expected}"))
+                    self.errors.append(
+                        (op.name, f"it has {x.shape[1]} input channels, its weight {expected}")
+                    )
 
     def _evaluate(self, op: Op) -> None:
         if op.domain or not op.inputs or any(t is not None and t.data is None for t in op.inputs):
@@ -452,6 +493,16 @@ def subgraphs(node: ir.Node) -> list[ir.Graph]:
     return graphs
 
 
+def open_axes(found: Type | None, rank: int) -> list[int]:
+    """The axes whose size ONNX's inference left open; none if it does not even know the rank."""
+    if found is None or not found.tensor_type.HasField("shape"):
+        return []
+    dims = found.tensor_type.shape.dim
+    return (
+        [axis for axis, dim in enumerate(dims) if not dim.HasField("dim_value")] if len(dims) == rank else []
+    )
+
+
 def is_constant_value(value: ir.Value) -> bool:
     """True for initializers and outputs of Constant nodes."""
     if value.is_initializer():
@@ -488,7 +539,7 @@ def _size(shape: tuple[int, ...] | None) -> int:
 
 
 def _read_only(array: Array) -> Array:
-    view = array.view()
+    view: Array = array.view()
     view.flags.writeable = False
     return view
 
