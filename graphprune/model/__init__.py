@@ -3,8 +3,8 @@
 Bad input ends in one :class:`graphprune.errors.ModelError` with one line: what is wrong, where, and what to do.
 """
 
-from graphprune.model.kinds import ConversionWarning, as_ir, copy, to_proto
-from graphprune.model.read import load
+from graphprune.model.kinds import as_ir, copy, to_proto
+from graphprune.model.read import ConversionWarning, load
 from graphprune.model.write import StagedFile, file_size, save, staged
 
 __all__ = [

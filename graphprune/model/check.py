@@ -1,14 +1,14 @@
 """What a model must satisfy before anything is computed from it: one clear line for everything that is wrong.
 
-Sizes are checked against the bytes that are there before an array is made, so that a small file cannot claim a huge amount of
-memory.
+Sizes are checked against the bytes that are there before an array is made, so that a small file cannot claim
+a huge amount of memory.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, NamedTuple
 
 from graphprune.errors import ModelError
@@ -21,10 +21,19 @@ DENSE_LIMIT = 256 * 2**20
 
 #: Ops that ONNX Runtime registers in the standard domain although ONNX does not define them there, or only in later
 #: opsets. Its own optimizer and older exporters write them, so such a file is not a broken one.
-RUNTIME_OPS = frozenset(
-    "SimplifiedLayerNormalization LayerNormalization SkipLayerNormalization Affine Crop DynamicSlice GivenTensorFill"
-    " ImageScaler ParametricSoftplus Scale ScaledTanh ThresholdedRelu".split()
-)
+RUNTIME_OPS = {
+    "Affine",
+    "Crop",
+    "DynamicSlice",
+    "GivenTensorFill",
+    "ImageScaler",
+    "LayerNormalization",
+    "ParametricSoftplus",
+    "Scale",
+    "ScaledTanh",
+    "SimplifiedLayerNormalization",
+    "ThresholdedRelu",
+}
 
 
 def one_line(error: object) -> str:
@@ -46,7 +55,7 @@ def bit_width(data_type: int) -> int | None:
 def nbytes_of(data_type: int, dims: Sequence[int]) -> int | None:
     """Bytes that a tensor takes packed; None for strings."""
     width = bit_width(data_type)
-    return None if width is None else (math.prod(dims) * width + 7) // 8
+    return None if width is None else (math.prod(int(size) for size in dims) * width + 7) // 8
 
 
 def subgraphs(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
@@ -89,8 +98,8 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | Non
     Raises
     ------
     ModelError
-        The first thing that is wrong. Shapes and types recorded for intermediate values (``value_info``) are not looked at:
-        exporters leave stale ones behind, and they are inferred again anyway.
+        The first thing that is wrong. Shapes and types recorded for intermediate values (``value_info``) are not looked
+        at: exporters leave stale ones behind, and they are inferred again anyway.
     """
     import onnx
 
@@ -106,6 +115,13 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | Non
         for index, tensor in enumerate(graph.initializer):
             size = lifted.get(index) if lifted is not None and graph is proto.graph else None
             check_tensor(tensor, f"initializer {tensor.name!r}", where, size)
+        for info in (*graph.input, *graph.output):
+            kind = info.type.tensor_type
+            if kind.HasField("elem_type") and not _is_known(kind.elem_type):
+                raise ModelError(
+                    f"{where}: input or output {info.name!r} of {name} has element type {kind.elem_type}, which onnx"
+                    f" {onnx.__version__} does not know; export the model again, or upgrade onnx"
+                )
     _check_unique([(f.domain, f.name, f.overload) for f in proto.functions], "function", "the model", where)
     for nodes in node_lists(proto):
         for node in nodes:
@@ -148,6 +164,13 @@ def _check_unique(names: Sequence[object], what: str, owner: str, where: str) ->
         seen.add(name)
 
 
+def _is_known(data_type: int) -> bool:
+    """Whether a number names an element type."""
+    import onnx
+
+    return data_type != onnx.TensorProto.UNDEFINED and data_type in onnx.TensorProto.DataType.values()
+
+
 def check_tensor(tensor: onnx.TensorProto, what: str, where: str, raw_bytes: int | None = None) -> None:
     """Check the element type and that a tensor's data has the size its dimensions ask for.
 
@@ -167,8 +190,7 @@ def check_tensor(tensor: onnx.TensorProto, what: str, where: str, raw_bytes: int
     """
     import onnx
 
-    known = onnx.TensorProto.DataType.values()
-    if tensor.data_type == onnx.TensorProto.UNDEFINED or tensor.data_type not in known:
+    if not _is_known(tensor.data_type):
         raise ModelError(
             f"{where}: {what} has element type {tensor.data_type}, which onnx {onnx.__version__} does not know;"
             " export the model again, or upgrade onnx"
@@ -184,6 +206,12 @@ def check_tensor(tensor: onnx.TensorProto, what: str, where: str, raw_bytes: int
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         if tensor.data_type == onnx.TensorProto.STRING:
             raise ModelError(f"{where}: {what} holds strings in external data, which ONNX does not allow")
+        for entry in tensor.external_data:
+            if entry.key in ("offset", "length") and not entry.value.isdecimal():
+                raise ModelError(
+                    f"{where}: external data of {what} has the {entry.key} {entry.value!r}, which is no number of"
+                    " bytes; export the model again"
+                )
         return
     expected, unit = nbytes_of(tensor.data_type, tensor.dims), "bytes"
     if raw_bytes is not None or tensor.HasField("raw_data"):
@@ -210,7 +238,7 @@ def _typed_length(tensor: onnx.TensorProto) -> int:
     """Number of entries its typed field must have: complex numbers take two, packed 4- and 2-bit types share one."""
     import onnx
 
-    count = math.prod(tensor.dims)
+    count = math.prod(int(size) for size in tensor.dims)
     if tensor.data_type in (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128):
         return 2 * count
     width = bit_width(tensor.data_type)
@@ -255,7 +283,7 @@ def _empty(tensor: onnx.TensorProto) -> None:
 class Region(NamedTuple):
     """Where external data lies: a file that was checked, and a range inside it."""
 
-    path: str
+    path: Path
     offset: int
     nbytes: int
 
@@ -265,7 +293,7 @@ def locate_external(
     offset: int | None,
     length: int | None,
     nbytes: int,
-    folders: Sequence[str],
+    folders: Sequence[Path],
     what: str,
     where: str,
 ) -> Region:
@@ -279,47 +307,50 @@ def locate_external(
         As recorded; the offset is 0 and the length the tensor's where missing.
     nbytes : int
         Size of the tensor by its type and dimensions.
-    folders : sequence of str
-        The model's folder first; then the real folder of the file where the model's path is a symbolic link (model caches
-        keep both files in one folder of blobs and link to them).
+    folders : sequence of Path
+        The model's folder first; then the real folder of the file where the model's path is a symbolic link (model
+        caches keep both files in one folder of blobs and link to them).
     what, where : str
         For messages.
 
     Raises
     ------
     ModelError
-        No file there, a path that leaves the folder (by ``..``, absolutely, or through a symbolic link), or a range that
-        does not lie in the file or is not the tensor's size.
+        No file there, a path that leaves the folder (by ``..``, absolutely, or through a symbolic link), or a range
+        that does not lie in the file or is not the tensor's size.
     """
-    move = "external data must lie in the model's folder; move it there and save the model again"
+    advice = "external data must lie in the model's folder; move it there and save the model again"
     if not location or "\0" in location:
         raise ModelError(f"{where}: {what} has external data without a location; export the model again")
-    if os.path.isabs(location) or location.startswith(("/", "\\")) or location[1:2] == ":":
-        raise ModelError(f"{where}: {what} refers to external data by the absolute path {location!r}; {move}")
-    path = os.path.join(folders[0], location)
-    real = os.path.realpath(path)
-    inside = any(os.path.commonpath([real, os.path.realpath(f)]) == os.path.realpath(f) for f in folders)
-    if ".." in location.replace("\\", "/").split("/") or not inside:
+    lexical = PureWindowsPath(location)  # understands both kinds of slash, and drives
+    if lexical.drive or lexical.root:
         raise ModelError(
-            f"{where}: {what} refers to external data outside the model's folder: {location!r}; {move}"
+            f"{where}: {what} refers to external data by the absolute path {location!r}; {advice}"
         )
-    if not os.path.exists(path):
+    path = folders[0] / location
+    real = path.resolve()
+    if ".." in lexical.parts or not any(real.is_relative_to(folder.resolve()) for folder in folders):
         raise ModelError(
-            f"{where}: external data file {location!r} of {what} is missing in {os.path.abspath(folders[0])!r};"
+            f"{where}: {what} refers to external data that leaves the folder: {location!r}; {advice}"
+        )
+    if not path.exists():
+        raise ModelError(
+            f"{where}: external data file {location!r} of {what} is missing in {str(folders[0])!r};"
             " copy it beside the model"
         )
-    if not os.path.isfile(path):
-        raise ModelError(f"{where}: external data {location!r} of {what} is not a file")
+    if not path.is_file():
+        raise ModelError(f"{where}: external data {location!r} of {what} is not a file; {advice}")
     start, size = offset or 0, nbytes if length is None else length
     if size != nbytes:
         raise ModelError(
-            f"{where}: external data of {what} has {size} bytes and its type and shape need {nbytes}"
+            f"{where}: external data of {what} has {size} bytes and its type and shape need {nbytes};"
+            " the model file is damaged, export it again"
         )
-    total = os.path.getsize(path)
+    total = path.stat().st_size
     if start < 0 or start + size > total:
         raise ModelError(
-            f"{where}: external data of {what} lies at bytes {start} to {start + size} of {location!r}, which has {total};"
-            " the data file is truncated or belongs to another model"
+            f"{where}: external data of {what} lies at bytes {start} to {start + size} of {location!r}, which has"
+            f" {total}; the data file is truncated or belongs to another model: copy it again"
         )
     return Region(path, start, nbytes)
 

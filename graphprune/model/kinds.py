@@ -6,11 +6,21 @@ import copy as copies
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import ModelError, OptionError
 from graphprune.model.check import check_model, graphs, node_lists, one_line
-from graphprune.model.read import EXTERNAL, SOURCES, _explained, all_graphs, bind_external, load, parse
+from graphprune.model.read import (
+    EXTERNAL,
+    SOURCES,
+    ConversionWarning,
+    _explained,
+    all_graphs,
+    bind_external,
+    load,
+    parse,
+)
 from graphprune.model.write import bare_proto, drop_initializer_info
 
 if TYPE_CHECKING:
@@ -18,10 +28,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 ACCEPTED = "a path, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph"
-
-
-class ConversionWarning(UserWarning):
-    """Something in the model has no place in the kind of object that it is converted from or to."""
 
 
 def as_ir(model: object) -> tuple[ir.Model, Callable[[ir.Model], Any]]:
@@ -81,9 +87,10 @@ def _from_proto(proto: onnx.ModelProto, where: str) -> ir.Model:
         serialized = proto.SerializeToString()
     except Exception as error:  # protobuf: ValueError or EncodeError above 2 GB, by version
         raise ModelError(
-            f"{where}: cannot be serialized ({one_line(error)}); above 2 GB save it with external data and give the path"
+            f"{where}: cannot be serialized ({one_line(error)}); above 2 GB save it with external data and give"
+            " the path"
         ) from error
-    return parse(serialized, where, [os.getcwd()])
+    return parse(serialized, where, [Path.cwd()])
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -91,15 +98,15 @@ def to_proto(model: ir.Model) -> onnx.ModelProto:
     import onnx_ir as ir
 
     proto = ir.serde.serialize_model(model)
-    drop_initializer_info(proto.graph)
+    drop_initializer_info(proto)
     return proto
 
 
 def copy(model: ir.Model) -> ir.Model:
     """A copy of graphs, nodes, values, types and metadata that shares the weights' data.
 
-    Unlike ``model.clone()`` it also copies ``model.meta``, the types of values (``value.dtype = x`` changes a type in place)
-    and the objects that bear a tensor's name (serializing a renamed initializer renames its tensor).
+    Unlike ``model.clone()`` it also copies ``model.meta``, the types of values (``value.dtype = x`` changes a type in
+    place) and the objects that bear a tensor's name (serializing a renamed initializer renames its tensor).
 
     Raises
     ------
@@ -221,7 +228,7 @@ def _changed(dtype: Any, data_type: int) -> bool:
 
 
 def _share_outer(nodes: Any, outer: set[str]) -> None:
-    """Remove, in place, the copies of outer constants that graphsurgeon writes into subgraphs: their names are visible."""
+    """Remove the copies of outer constants that graphsurgeon writes into subgraphs: the names are visible there."""
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("g"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,10 @@ FOREIGN = (
 )
 
 
+class ConversionWarning(UserWarning):
+    """Something in the model has no place in the kind of object that it is converted from or to."""
+
+
 def load(path: str | os.PathLike[str]) -> ir.Model:
     """Read and check an ONNX file.
 
@@ -65,8 +70,13 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
     ------
     ModelError
         One line that says what is wrong, where, and what to do: no such file, not ONNX, truncated, an invalid graph, a
-        version or element type that onnx does not know, weights of a wrong size, external data that is missing, too short
-        or outside the model's folder, a file of more than 2 GB.
+        version or element type that onnx does not know, weights of a wrong size, external data that is missing, too
+        short or outside the model's folder, a file of more than 2 GB.
+
+    Warns
+    -----
+    ConversionWarning
+        If the file has ``training_info``, which is dropped.
     """
     where = os.fspath(path)
     file = Path(path)
@@ -82,8 +92,8 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
             raise ModelError(f"{where}: the file is empty; export or copy the model again")
         if size > MAXIMUM_MESSAGE:
             raise ModelError(
-                f"{where}: {size / 1e9:.1f} GB in one file, and an ONNX file cannot exceed 2 GB; export it with external"
-                " data (onnx.save(model, path, save_as_external_data=True))"
+                f"{where}: {size / 1e9:.1f} GB in one file, and an ONNX file cannot exceed 2 GB; export it with"
+                " external data (onnx.save(model, path, save_as_external_data=True))"
             )
         with file.open("rb") as stream:
             buffer: Buffer
@@ -93,13 +103,12 @@ def load(path: str | os.PathLike[str]) -> ir.Model:
                 buffer = stream.read()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
         raise ModelError(f"{where}: cannot be read: {one_line(error)}") from error
-    folders = [os.path.dirname(os.path.abspath(file)), os.path.dirname(os.path.realpath(file))]
-    model = parse(buffer, where, folders)
-    model.meta[SOURCES] = (os.path.abspath(file), *model.meta[SOURCES])
+    model = parse(buffer, where, [file.absolute().parent, file.resolve().parent])
+    model.meta[SOURCES] = (file.absolute(), *model.meta[SOURCES])
     return model
 
 
-def parse(buffer: Buffer, where: str, folders: list[str]) -> ir.Model:
+def parse(buffer: Buffer, where: str, folders: list[Path]) -> ir.Model:
     """Check and deserialize a ``ModelProto``; the weights remain views of ``buffer``.
 
     Parameters
@@ -108,7 +117,7 @@ def parse(buffer: Buffer, where: str, folders: list[str]) -> ir.Model:
         The serialized model.
     where : str
         The file or object, for messages.
-    folders : list of str
+    folders : list of Path
         Folders that external data may lie in; locations are relative to the first.
 
     Raises
@@ -139,11 +148,14 @@ def parse(buffer: Buffer, where: str, folders: list[str]) -> ir.Model:
         ) from error
     with _explained(where):
         _normalise(proto)
+        if proto.training_info:
+            text = f"{where}: its training_info (a training graph) is not kept: pruning would make it wrong"
+            warnings.warn(text, ConversionWarning, stacklevel=4)
         make_dense(proto, where)
-        check_model(proto, where, {part.index: part.end - part.start for part in lifted})
+        check_model(proto, where, {part.ordinal: part.end - part.start for part in lifted})
         names = [tensor.name for tensor in proto.graph.initializer]
         model = ir.serde.deserialize_model(proto)
-        _bind(model, buffer, [(names[part.index], part) for part in lifted])
+        _bind(model, buffer, [(names[part.ordinal], part) for part in lifted])
         bind_external(model, where, folders)
     return model
 
@@ -156,7 +168,10 @@ def _explained(where: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{where}: the model cannot be understood: {one_line(error)}") from error
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # onnx_ir wraps the reason once for each object around the fault
+            cause = cause.__cause__
+        raise ModelError(f"{where}: the model cannot be read: {one_line(cause)}; export it again") from error
 
 
 def _normalise(proto: onnx.ModelProto) -> None:
@@ -203,7 +218,7 @@ def all_graphs(model: ir.Model) -> Iterator[ir.Graph]:
         yield from function.graph.subgraphs()
 
 
-def bind_external(model: ir.Model, where: str, folders: list[str] | None = None) -> None:
+def bind_external(model: ir.Model, where: str, folders: list[Path] | None = None) -> None:
     """Check every external tensor and make it readable; record the files in ``model.meta``.
 
     Parameters
@@ -212,7 +227,7 @@ def bind_external(model: ir.Model, where: str, folders: list[str] | None = None)
         Changed in place.
     where : str
         For messages.
-    folders : list of str, optional
+    folders : list of Path, optional
         See :func:`graphprune.model.check.locate_external`; by default each tensor's own ``base_dir``.
 
     Raises
@@ -222,22 +237,24 @@ def bind_external(model: ir.Model, where: str, folders: list[str] | None = None)
     """
     import onnx_ir as ir
 
-    sources: dict[str, None] = {}
+    sources: dict[Path, None] = {}
 
     def bound(tensor: ir.ExternalTensor, what: str, inline: bool) -> ir.TensorProtocol:
-        base = folders if folders is not None else [os.path.abspath(tensor.base_dir or ".")]
+        base = folders if folders is not None else [Path(tensor.base_dir).absolute()]
         nbytes = nbytes_of(tensor.dtype, tensor.shape.numpy())
-        assert nbytes is not None
+        assert nbytes is not None  # strings were refused
         location = os.fspath(tensor.location)
         region = locate_external(location, tensor.offset, tensor.length, nbytes, base, what, where)
-        sources[os.path.abspath(region.path)] = None
+        sources[region.path] = None
         if nbytes == 0:
             return _tensor(b"", 0, tensor)
-        outside = not os.path.realpath(region.path).startswith(os.path.join(os.path.realpath(base[0]), ""))
-        if inline or outside or os.stat(region.path).st_nlink > 1:
+        linked = (
+            not region.path.resolve().is_relative_to(base[0].resolve()) or region.path.stat().st_nlink > 1
+        )
+        if inline or linked:
             # onnx_ir writes external attributes back as they are, and does not read files that are hard-linked (as
             # package and model caches keep them) or reached by a link out of the folder: map those here
-            with open(region.path, "rb") as stream:
+            with region.path.open("rb") as stream:
                 return _tensor(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), region.offset, tensor)
         tensor.base_dir = base[0]
         return tensor

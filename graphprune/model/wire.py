@@ -1,8 +1,8 @@
 """The few facts of the protobuf wire format that keep weights out of memory.
 
 A model file is a ``ModelProto`` whose bulk is ``graph.initializer[i].raw_data``. :func:`lift` walks the bytes of a
-(memory-mapped) file and cuts these payloads out, so that protobuf parses a skeleton of some kilobytes while the weights stay
-on disk as views; :func:`write_model` streams them back in. Format: https://protobuf.dev/programming-guides/encoding/;
+(memory-mapped) file and cuts these payloads out, so that protobuf parses a skeleton of some kilobytes while the weights
+stay on disk as views; :func:`write_model` streams them back in. Format: https://protobuf.dev/programming-guides/encoding/;
 field numbers: onnx.proto.
 """
 
@@ -83,7 +83,7 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
         key, position = read_varint(buffer, position, end)
         number, wire_type = key >> 3, key & 7
         if wire_type == 0:
-            value, payload_end = read_varint(buffer, position, end)
+            _, payload_end = read_varint(buffer, position, end)
         elif wire_type == 1:
             payload_end = position + 8
         elif wire_type == 2:
@@ -105,9 +105,9 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
 
 
 class Lifted(NamedTuple):
-    """A payload that :func:`lift` cut out: ``graph.initializer[index].raw_data`` is ``buffer[start:end]``."""
+    """A payload that :func:`lift` cut out: ``graph.initializer[ordinal].raw_data`` is ``buffer[start:end]``."""
 
-    index: int
+    ordinal: int
     start: int
     end: int
 

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from graphprune.errors import ModelError, OptionError
-from graphprune.model.check import one_line
+from graphprune.model.check import graphs, one_line
 from graphprune.model.read import EXTERNAL, SOURCES, all_graphs
 from graphprune.model.wire import LIFT_BYTES, MAXIMUM_MESSAGE, Payload, WireError, write_exactly, write_model
 
@@ -64,17 +65,17 @@ class StagedFile:
         backup = self.path.parent / "replaced.data"
         try:
             if not self.external_data:
-                os.replace(self.path, self.target)
+                self.path.replace(self.target)
             else:
                 had_data = data.exists()
                 if had_data:
                     _keep(data, backup)
                 try:
-                    os.replace(staged_data, data)
-                    os.replace(self.path, self.target)
+                    staged_data.replace(data)
+                    self.path.replace(self.target)
                 except BaseException:
                     if had_data:
-                        os.replace(backup, data)
+                        backup.replace(data)
                     else:
                         data.unlink(missing_ok=True)
                     raise
@@ -208,12 +209,12 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def file_size(model: ir.Model) -> int:
-    """Bytes that the model takes on disk, external data included, to within some bytes a tensor.
-
-    Exact for the graph, which is serialized; weights count by their size.
-    """
+    """Bytes that the model takes in one file, to within some bytes a tensor. No weights are read."""
     values = [value for value in _weights(model) if _streams(value)]
     proto = _skeleton(model, values, [0] * len(values), "")
+    for tensor in (tensor for graph in graphs(proto) for tensor in graph.initializer):
+        tensor.ClearField("external_data")
+        tensor.ClearField("data_location")
     return int(proto.ByteSize()) + sum(
         value.const_value.nbytes for value in values if value.const_value is not None
     )
@@ -239,13 +240,15 @@ def _refuse_sources(model: ir.Model, targets: list[Path], sources: Sequence[str 
     """OptionError if a target is a file that the model's weights are still read from, under whatever name."""
     import onnx_ir as ir
 
-    files = {os.fspath(source) for source in (*sources, *model.meta.get(SOURCES, ()))}
-    files |= {v.const_value.path for v in _weights(model) if isinstance(v.const_value, ir.ExternalTensor)}
+    files = {Path(source) for source in (*sources, *model.meta.get(SOURCES, ()))}
+    files |= {
+        Path(v.const_value.path) for v in _weights(model) if isinstance(v.const_value, ir.ExternalTensor)
+    }
     for target in targets:
         for file in files:
-            same = os.path.realpath(file) == os.path.realpath(target)
-            if not same and target.exists() and os.path.exists(file):
-                same = os.path.samefile(file, target)
+            same = file.resolve() == target.resolve()
+            if not same and target.exists() and file.exists():
+                same = file.samefile(target)  # hard links
             if same:
                 raise OptionError(
                     f"{target}: the model is read from this file and is never overwritten; choose another output"
@@ -275,7 +278,7 @@ def _skeleton(
         for value, tensor in kept:
             if tensor is None:
                 continue
-            described = {
+            described: dict[str, Any] = {
                 "name": value.name or "",
                 "doc_string": tensor.doc_string,
                 "metadata_props": dict(tensor.metadata_props),
@@ -291,7 +294,7 @@ def _skeleton(
     finally:
         for value, tensor in kept:
             value.const_value = tensor
-    drop_initializer_info(proto.graph)
+    drop_initializer_info(proto)
     return proto
 
 
@@ -303,17 +306,18 @@ def bare_proto(model: ir.Model) -> onnx.ModelProto:
     return _skeleton(model, values, [0] * len(values), "weights")
 
 
-def drop_initializer_info(graph: onnx.GraphProto) -> None:
+def drop_initializer_info(proto: onnx.ModelProto) -> None:
     """Remove the ``value_info`` that onnx_ir writes for initializers, which repeats their type and shape."""
-    initializers = {tensor.name for tensor in graph.initializer}
-    kept = [
-        info
-        for info in graph.value_info
-        if info.name not in initializers or info.doc_string or info.metadata_props or info.type.denotation
-    ]
-    if len(kept) < len(graph.value_info):
-        del graph.value_info[:]
-        graph.value_info.extend(kept)
+    for graph in graphs(proto):
+        initializers = {tensor.name for tensor in graph.initializer}
+        kept = [
+            info
+            for info in graph.value_info
+            if info.name not in initializers or info.doc_string or info.metadata_props or info.type.denotation
+        ]
+        if len(kept) < len(graph.value_info):
+            del graph.value_info[:]
+            graph.value_info.extend(kept)
 
 
 def _write(model: ir.Model, path: Path, external: bool) -> None:
@@ -349,7 +353,7 @@ def _write(model: ir.Model, path: Path, external: bool) -> None:
         tensor.ClearField("data_location")
         contents = by_name[tensor.name].const_value
         assert contents is not None
-        payloads.append((contents.nbytes, contents.tofile))
+        payloads.append((contents.nbytes, partial(_contents, contents)))
     with path.open("wb") as file:
         write_model(proto, payloads, file)
         _sync(file)
@@ -370,7 +374,15 @@ def _layout(values: list[ir.Value]) -> list[int]:
 def _stream(value: ir.Value, file: IO[bytes]) -> None:
     tensor = value.const_value
     assert tensor is not None
-    write_exactly(file, tensor.nbytes, tensor.tofile)
+    write_exactly(file, tensor.nbytes, partial(_contents, tensor))
+
+
+def _contents(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
+    """Write a tensor's bytes; every class of onnx_ir can do so by itself, but the protocol does not ask for it."""
+    if hasattr(tensor, "tofile"):
+        tensor.tofile(file)
+    else:
+        file.write(tensor.tobytes())
 
 
 def _sync(file: IO[bytes]) -> None:
