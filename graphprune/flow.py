@@ -86,9 +86,8 @@ class SignatureFlow:
             operand = Operand(target.is_output, target.slot)
             if target is view or own not in target.factors:
                 continue
-            shape = tuple(by_factor.shape)
             carried = self._collapse(atoms, by_factor, names, own, target)
-            built = self.from_factors(carried, names, target, prod(shape))
+            built = self.from_factors(carried, names, target)
             if built is None:
                 atoms.freeze(labels, f"labels at {where} would take more than {MAX_ELEMENTS:,} elements")
                 return
@@ -126,7 +125,7 @@ class SignatureFlow:
                 labels = unite_along(atoms, labels, index)
         return labels
 
-    def from_factors(self, labels: Labels, names: tuple[str, ...], target: View, _elements: int) -> Labels | None:
+    def from_factors(self, labels: Labels, names: tuple[str, ...], target: View) -> Labels | None:
         """Build the target's labelling from an array with one dimension a factor of ``names``."""
         order = target.factors
         present = [names.index(name) if name in names else -1 for name in order]
@@ -181,10 +180,12 @@ class TakeFlow:
     """``target = source.take(index, axis)``; -1 in the index is a position that no source position fills.
 
     Attributes:
-        source, target: Operands of equal rank, of equal sizes but along ``axis``.
+        source, target: The operands; their sizes are equal but along ``axis``.
         axis: The axis, non-negative.
-        index: int64 ``[target.shape[axis]]``.
+        index: int64, flat.
         size: ``source.shape[axis]``.
+        places: Shape that the index has in the target, where it replaces the axis (a Gather by a scalar or a
+            matrix); None where it is flat.
     """
 
     source: Operand
@@ -192,6 +193,7 @@ class TakeFlow:
     axis: int
     index: npt.NDArray[np.int64]
     size: int
+    places: tuple[int, ...] | None = None
 
     def operands(self) -> tuple[Operand, ...]:
         return (self.source, self.target)
@@ -203,14 +205,36 @@ class TakeFlow:
         return bool((np.diff(used) > 0).all())
 
     def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
-        if not self.monotone and self.axis in (varying := varying_axes(labels)):
-            if self.axis == varying[-1]:
-                for context in varying[:-1]:
-                    labels = unite_along(atoms, labels, context)
-        if source == self.source:
-            yield self.target, self._forward(labels)
         if source == self.target:
-            yield self.source, self._backward(atoms, labels)
+            yield self.source, self._backward(atoms, self._uniform(atoms, self._joined(labels)))
+        if source == self.source:
+            yield self.target, self._spread(self._forward(self._uniform(atoms, labels)))
+
+    def _uniform(self, atoms: Atoms, labels: Labels) -> Labels:
+        """One index serves all rows: where it does not keep the order, the labels it moves must not depend on rows."""
+        varying = varying_axes(labels)
+        if varying and self.axis == varying[-1] and not self.monotone:
+            for context in varying[:-1]:
+                labels = unite_along(atoms, labels, context)
+        return labels
+
+    def _spread(self, labels: Labels) -> Labels:
+        """From a flat index axis to the axes of ``places``."""
+        if self.places is None:
+            return labels
+        dims = self.places if labels.shape[self.axis] > 1 else (1,) * len(self.places)
+        return compress(labels.reshape(*labels.shape[: self.axis], *dims, *labels.shape[self.axis + 1 :]))
+
+    def _joined(self, labels: Labels) -> Labels:
+        """From the axes of ``places`` to a flat index axis."""
+        if self.places is None:
+            return labels
+        stop = self.axis + len(self.places)
+        head, dims, tail = labels.shape[: self.axis], labels.shape[self.axis : stop], labels.shape[stop:]
+        if all(size == 1 for size in dims):
+            return labels.reshape(*head, 1, *tail)
+        whole = np.broadcast_to(labels, (*head, *self.places, *tail))
+        return whole.reshape(*head, len(self.index), *tail)
 
     def _forward(self, labels: Labels) -> Labels:
         holes = self.index < 0
@@ -240,6 +264,23 @@ class TakeFlow:
         # A position taken several times bears one label.
         atoms.union(result.take(used, axis=self.axis), labels)
         return compress(atoms.find(result))
+
+
+@dataclass(frozen=True, slots=True)
+class ChainFlow:
+    """Indexing along several axes at once: one :class:`TakeFlow` after another."""
+
+    steps: tuple[TakeFlow, ...]
+
+    def operands(self) -> tuple[Operand, ...]:
+        return self.steps[0].operands()
+
+    def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+        forward = source == self.steps[0].source
+        operand = source
+        for step in self.steps if forward else self.steps[::-1]:
+            operand, labels = next(iter(step.push(atoms, source, labels, where)))
+        yield operand, labels
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from graphprune.errors import RuleError
-from graphprune.flow import Flow, Operand, ReshapeFlow, SignatureFlow, TakeFlow
+from graphprune.flow import Flow, Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
 from graphprune.signature import bind, parse
-
-if TYPE_CHECKING:
-    from types import EllipsisType
 
 #: What a rule's function may return: a signature's text, flows, or a refusal.
 Description: TypeAlias = "str | Flow | Sequence[Flow] | Refusal"
@@ -52,14 +49,17 @@ class Change(Protocol):
     def kept(self, operand: Operand) -> npt.NDArray[np.bool_]:
         """Which elements of an operand stay; broadcasts against its old shape."""
 
-    def factor_size(self, factor: str) -> int:
-        """Size of a signature's factor after."""
+    def factor_sizes(self, factor: str) -> tuple[int, int]:
+        """Size of a signature's factor before and after."""
 
     def known(self, slot: int) -> npt.NDArray[np.generic] | None:
         """Contents of an input where they are the same at every size of the model's dynamic dimensions."""
 
     def set_attribute(self, name: str, value: int | float | str | Sequence[int]) -> None:
         """Give the node an attribute."""
+
+    def remove_attribute(self, name: str) -> None:
+        """Take an attribute away from the node."""
 
     def set_input(self, slot: int, array: npt.NDArray[np.generic]) -> None:
         """Feed an input from a new constant."""
@@ -224,9 +224,7 @@ def flows_of(op: Op) -> list[Flow] | Refusal:
         return Refusal(str(error))
     if isinstance(found, Refusal):
         return found
-    if isinstance(found, SignatureFlow | TakeFlow | ReshapeFlow):
-        return [found]
-    return list(found)  # type: ignore[arg-type]
+    return list(found) if isinstance(found, Sequence) else [found]
 
 
 def output_shapes(op: Op) -> list[tuple[int, ...] | None] | None:

@@ -1,0 +1,309 @@
+"""Propagation: seed labels at weights and push them through all ops until nothing new is learnt."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from math import prod
+
+import numpy as np
+
+from graphprune.flow import Flow, Operand, ReshapeFlow, SignatureFlow, reshape_blocks
+from graphprune.graph import Graph, Op, Tensor
+from graphprune.labels import MAX_ELEMENTS, Atoms, Colouring, Labels, distinct, varying_axes
+from graphprune.rules.registry import Refusal, find_rule, flows_of, tensor_at
+from graphprune.signature import Role, Signature, View
+
+#: Labellings that one tensor may bear. Five is the most that was seen on 230 exported networks.
+MAX_LABELLINGS = 12
+
+
+class Analysis:
+    """Which elements of which tensors can only go together, and which cannot go at all.
+
+    Attributes:
+        graph: The twin.
+        atoms: The union-find over labels.
+        colourings: Labellings by tensor; tensors that bear none are absent.
+        flows: Flows, or the refusal, by op index.
+    """
+
+    def __init__(self, graph: Graph, *, open_boundary: bool = False) -> None:
+        """Analyse a twin.
+
+        Args:
+            graph: The twin.
+            open_boundary: Label the axes of the graph's inputs as well, and let labels reach its outputs: for
+                testing rules on single ops. The plan then also says which positions of inputs and outputs go.
+        """
+        self.graph = graph
+        self.atoms = Atoms()
+        self.colourings: dict[Tensor, Colouring] = {}
+        self._open = open_boundary
+        self._pending: dict[Tensor, list[Labels]] = {}
+        self._queue: list[tuple[int, int, Tensor]] = []
+        self._ticket = 0
+        self.flows: list[list[Flow] | Refusal] = [self._flows_of(op) for op in graph.ops]
+        self._flow_at: list[dict[Operand, list[Flow]]] = [self._index(flows) for flows in self.flows]
+        self._seed_weights()
+        self._run()
+        self._seed_uncovered()
+        self._run()
+        self._seed_prefixes()
+        self._run()
+        self._sweep()
+
+    @staticmethod
+    def _flows_of(op: Op) -> list[Flow] | Refusal:
+        """Flows of an op. What is computed from constants alone is a leaf, unless elements are only moved."""
+        flows = flows_of(op)
+        if op.inputs and all(t is None or t.constant for t in op.inputs):
+            rule = find_rule(op)
+            if rule is None or not rule.layout or isinstance(flows, Refusal):
+                return []
+        return flows
+
+    @staticmethod
+    def _index(flows: list[Flow] | Refusal) -> dict[Operand, list[Flow]]:
+        at: dict[Operand, list[Flow]] = {}
+        if not isinstance(flows, Refusal):
+            for flow in flows:
+                for operand in dict.fromkeys(flow.operands()):
+                    at.setdefault(operand, []).append(flow)
+        return at
+
+    def is_leaf(self, op: Op) -> bool:
+        """True if the op's outputs are computed from constants and pruned as constants."""
+        return not self.flows[op.index] and bool(op.inputs) and all(t is None or t.constant for t in op.inputs)
+
+    # -- adding labels ------------------------------------------------------------------------------------------
+
+    def _add(self, tensor: Tensor, labels: Labels) -> None:
+        if tensor.shape is None:
+            self.atoms.freeze(labels, f"the shape of {tensor.name!r} is not known")
+            return
+        colouring = self.colourings.get(tensor)
+        if colouring is None:
+            colouring = self.colourings[tensor] = Colouring(tensor.shape)
+        before = list(colouring.labellings)
+        if not colouring.add(self.atoms, labels, MAX_LABELLINGS):
+            return
+        fresh = [a for a in colouring.labellings if not any(a is b for b in before)]
+        self._freeze_at_border(tensor, fresh)
+        if tensor not in self._pending:
+            self._pending[tensor] = []
+            rank = tensor.producer.index if tensor.producer is not None else -1
+            self._ticket += 1
+            heapq.heappush(self._queue, (rank, self._ticket, tensor))
+        self._pending[tensor] += fresh
+
+    def _freeze_at_border(self, tensor: Tensor, labellings: list[Labels]) -> None:
+        reason = None
+        if tensor.is_output and not self._open:
+            reason = f"it is visible in the model's output {tensor.name!r}"
+        elif tensor.is_input and not self._open:
+            reason = f"it is part of the model's input {tensor.name!r}"
+        elif tensor.producer is None and not tensor.constant and not tensor.is_input:
+            reason = f"nothing in the graph makes {tensor.name!r}"
+        if reason is not None:
+            for labels in labellings:
+                self.atoms.freeze(labels, reason)
+
+    def _run(self) -> None:
+        while self._queue:
+            _, _, tensor = heapq.heappop(self._queue)
+            for labels in self._pending.pop(tensor):
+                self._push(tensor, labels)
+
+    def _push(self, tensor: Tensor, labels: Labels) -> None:
+        labels = self.atoms.find(labels)
+        if self.atoms.all_frozen(labels):
+            return
+        for op, operand in operands_of(tensor):
+            for target, carried in self.pushed(op, operand, labels):
+                other = tensor_at(op, target)
+                if other is not None:
+                    self._add(other, carried)
+
+    def pushed(self, op: Op, operand: Operand, labels: Labels) -> Iterator[tuple[Operand, Labels]]:
+        """Carry a labelling of one operand of an op to the op's other operands."""
+        flows = self.flows[op.index]
+        where = f"{op.kind} {op.name!r}"
+        if isinstance(flows, Refusal):
+            self.atoms.freeze(labels, f"{where}: {flows.reason}")
+            return
+        if self.is_leaf(op):
+            return
+        at = self._flow_at[op.index].get(operand, ())
+        if not at:
+            self.atoms.freeze(labels, f"{where}: nothing may be removed from its {_spell(operand)}")
+        for flow in at:
+            yield from flow.push(self.atoms, operand, labels, where)
+
+    # -- seeds --------------------------------------------------------------------------------------------------
+
+    def _signatures(self) -> Iterator[tuple[Op, Signature]]:
+        for op, flows in zip(self.graph.ops, self.flows, strict=True):
+            if not isinstance(flows, Refusal):
+                for flow in flows:
+                    if isinstance(flow, SignatureFlow):
+                        yield op, flow.signature
+
+    def _seed(self, op: Op, signature: Signature, view: View, factors: list[str]) -> None:
+        """Give every position of the product of ``factors`` a label of its own, in one operand."""
+        size = prod(signature.sizes[name] for name in factors)
+        tensor = tensor_at(op, Operand(view.is_output, view.slot))
+        if tensor is None or not 1 < size <= MAX_ELEMENTS:
+            return
+        shape = [signature.sizes[name] if name in factors else 1 for name in view.factors]
+        labels = self.atoms.new(size).reshape(shape)
+        built = SignatureFlow(signature).from_factors(labels, view.factors, view)
+        if built is not None:
+            self._add(tensor, built)
+
+    def _seed_weights(self) -> None:
+        """The output factors of all contraction weights, all at once: one after another would be quadratic."""
+        if self._open:
+            self._seed_inputs()
+        for op, signature in self._signatures():
+            for view, tensor in weight_views(op, signature):
+                made = [
+                    name
+                    for name in view.factors
+                    if signature.role(name) is Role.PASS and name not in view.summed and tensor.shape is not None
+                ]
+                if made:
+                    self._seed(op, signature, view, made)
+
+    def _seed_inputs(self) -> None:
+        for tensor in self.graph.inputs:
+            for axis, size in enumerate(tensor.shape or ()):
+                if 1 < size <= MAX_ELEMENTS:
+                    shape = [size if i == axis else 1 for i in range(len(tensor.shape or ()))]
+                    self._add(tensor, self.atoms.new(size).reshape(shape))
+
+    def _seed_uncovered(self) -> None:
+        """Contracted positions of weights that no label has reached: what feeds them is made of constants."""
+        for op, signature in self._signatures():
+            for view, tensor in weight_views(op, signature):
+                for name in view.factors:
+                    if signature.role(name) is Role.CONTRACTED and signature.sizes[name] > 1:
+                        self._seed_gaps(op, signature, view, tensor, name)
+
+    def _seed_gaps(self, op: Op, signature: Signature, view: View, tensor: Tensor, name: str) -> None:
+        flow = SignatureFlow(signature)
+        index = view.factors.index(name)
+        covered = np.zeros(signature.sizes[name], dtype=bool)
+        colouring = self.colourings.get(tensor)
+        for labels in colouring.labellings if colouring is not None else ():
+            spread = flow.to_factors(self.atoms, view, self.atoms.find(labels), op.name)
+            if spread is not None and index in varying_axes(spread):
+                others = tuple(i for i in range(spread.ndim) if i != index)
+                covered |= (spread > 0).all(axis=others)
+        gaps = np.flatnonzero(~covered)
+        if 1 < len(gaps):
+            labels = np.zeros(len(covered), dtype=np.int32)
+            labels[gaps] = self.atoms.new(len(gaps))
+            shape = [len(covered) if i == index else 1 for i in range(len(view.factors))]
+            built = flow.from_factors(labels.reshape(shape), view.factors, view)
+            if built is not None:
+                self._add(tensor, built)
+
+    def _seed_prefixes(self) -> None:
+        """Where a labelled axis is a product, its leading factors may go as a whole: heads, groups, maxout units."""
+        for op, flows in zip(self.graph.ops, self.flows, strict=True):
+            if isinstance(flows, Refusal):
+                continue
+            for flow in flows:
+                if isinstance(flow, ReshapeFlow):
+                    self._seed_reshape_prefixes(op, flow)
+                elif isinstance(flow, SignatureFlow):
+                    self._seed_view_prefixes(op, flow.signature)
+
+    def _seed_view_prefixes(self, op: Op, signature: Signature) -> None:
+        done: set[tuple[str, ...]] = set()
+        for view in signature.views:
+            for index, axis in enumerate(view.axes):
+                factors = [n for n in axis.factors or () if signature.sizes[n] > 1]
+                for stop in range(1, len(factors)):
+                    prefix = tuple(factors[:stop])
+                    blocked = any(signature.role(n) in (Role.BLOCKED, Role.SEPARATE) for n in prefix)
+                    if prefix in done or blocked or not self._varies(op, view, index):
+                        continue
+                    done.add(prefix)
+                    self._seed(op, signature, view, list(prefix))
+
+    def _varies(self, op: Op, view: View, axis: int) -> bool:
+        tensor = tensor_at(op, Operand(view.is_output, view.slot))
+        colouring = self.colourings.get(tensor) if tensor is not None else None
+        return colouring is not None and any(labels.shape[axis] > 1 for labels in colouring.labellings)
+
+    def _seed_reshape_prefixes(self, op: Op, flow: ReshapeFlow) -> None:
+        for split, whole, split_shape, whole_shape in (
+            (flow.target, flow.source, flow.target_shape, flow.source_shape),
+            (flow.source, flow.target, flow.source_shape, flow.target_shape),
+        ):
+            tensor, flat = tensor_at(op, split), tensor_at(op, whole)
+            colouring = self.colourings.get(flat) if flat is not None else None
+            if colouring is None or tensor is None:
+                continue
+            for whole_axes, split_axes in reshape_blocks(whole_shape, split_shape):
+                parts = [a for a in split_axes if split_shape[a] > 1]
+                flat_axes = [a for a in whole_axes if whole_shape[a] > 1]
+                if len(parts) < 2 or len(flat_axes) != 1:
+                    continue
+                if not any(labels.shape[flat_axes[0]] > 1 for labels in colouring.labellings):
+                    continue
+                for stop in range(1, len(parts)):
+                    shape = [s if a in parts[:stop] else 1 for a, s in enumerate(split_shape)]
+                    if prod(shape) <= MAX_ELEMENTS:
+                        self._add(tensor, self.atoms.new(prod(shape)).reshape(shape))
+
+    def _sweep(self) -> None:
+        """Push everything once more until no union is made: a late union can move a labelling's own axis."""
+        while True:
+            events = self.atoms.events
+            for tensor, colouring in list(self.colourings.items()):
+                colouring.tidy(self.atoms)
+                self._freeze_at_border(tensor, colouring.labellings)
+                for labels in colouring.labellings:
+                    self._push(tensor, labels)
+            self._run()
+            if self.atoms.events == events:
+                return
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def labellings(self, tensor: Tensor) -> list[Labels]:
+        """The labellings of a tensor, representatives."""
+        colouring = self.colourings.get(tensor)
+        return [] if colouring is None else [self.atoms.find(labels) for labels in colouring.labellings]
+
+    def labels(self) -> Labels:
+        """All labels that occur, sorted."""
+        return distinct(labels for tensor in self.colourings for labels in self.labellings(tensor))
+
+
+def operands_of(tensor: Tensor) -> Iterator[tuple[Op, Operand]]:
+    """Every place where a tensor stands: as an output of its producer, as an input of its readers."""
+    if tensor.producer is not None:
+        for slot, output in enumerate(tensor.producer.outputs):
+            if output is tensor:
+                yield tensor.producer, Operand(True, slot)
+    for op, slot in tensor.uses:
+        yield op, Operand(False, slot)
+
+
+def weight_views(op: Op, signature: Signature) -> Iterator[tuple[View, Tensor]]:
+    """The constant operands of a contraction, view by view."""
+    in_outputs = {name for view in signature.views if view.is_output for name in view.factors}
+    for view in signature.views:
+        tensor = tensor_at(op, Operand(view.is_output, view.slot))
+        if view.is_output or tensor is None or not tensor.constant:
+            continue
+        if any(name not in in_outputs for name in view.factors):
+            yield view, tensor
+
+
+def _spell(operand: Operand) -> str:
+    return f"{'output' if operand.is_output else 'input'} {operand.slot}"
