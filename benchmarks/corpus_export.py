@@ -39,7 +39,7 @@ SECONDS = 180
 MEMORY = 9 * 2**30
 BYTES = 130 * 2**20
 #: From this network on only one exporter is taken, each in turn: the first ones suffice to compare the two.
-BOTH_UNTIL = 100
+BOTH_UNTIL = 60
 OPSETS = {"script": 17, "dynamo": 18}
 
 
@@ -94,7 +94,7 @@ def jobs(networks: list[Network]) -> list[tuple[str, Network, str, bool]]:
     found = []
     for i, network in enumerate(networks):
         exporters = network.exporters
-        if i >= BOTH_UNTIL and len(exporters) > 1 and not network.dynamic:
+        if i >= BOTH_UNTIL and len(exporters) > 1:
             exporters = (exporters[i % len(exporters)],)
         for exporter in exporters:
             stem = f"{network.source}-{network.name}-{exporter}"

@@ -51,8 +51,14 @@ def hugging_face(
     if part:
         model = getattr(model, part)
 
+    causal = class_name.endswith(("CausalLM", "LMHeadModel"))
+
     def apply(parts: Any, *inputs: Any) -> Any:
-        out = parts["model"](**dict(zip(names, inputs, strict=True)), return_dict=True)
+        arguments = dict(zip(names, inputs, strict=True))
+        if causal:
+            # Without a mask the model looks for packed sequences, which the TorchScript exporter cannot express.
+            arguments["attention_mask"] = torch.ones_like(inputs[0])
+        out = parts["model"](**arguments, return_dict=True)
         return tuple(getattr(out, name) for name in fields)
 
     return Applied(apply, model=model)

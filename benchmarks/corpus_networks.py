@@ -35,7 +35,8 @@ class Network:
     source : str
         ``torchvision``, ``timm``, ``transformers`` or ``hand``.
     kind : str
-        ``convolution``, ``transformer``, ``mixed`` (both), ``mlp`` or ``recurrent``: which expectation holds.
+        Which expectation holds: ``convolution`` (no normalisation over channels), ``normalised`` (convolutions
+        with one), ``transformer``, ``mixed`` (convolutions and attention), ``mlp`` or ``recurrent``.
     inputs : tuple of Input
         Name, shape and integer bound of each input.
     build : callable
@@ -70,14 +71,16 @@ TIMM: Mapping[str, str] = {
         densenet121 ghostnet_100 res2net50_26w_4s:224 resnest14d mobilenetv3_small_100 skresnet18
         regnety_002 repvgg_a0 resnetv2_18 legacy_seresnet18 seresnet50 ecaresnet26t ese_vovnet19b_dw
         vovnet39a dpn68 rexnet_100 hrnet_w18_small dla34 dla46x_c cspresnet50 cspdarknet53
-        cs3darknet_focus_s darknet53 efficientnet_lite0 efficientnet_b0_gn tf_efficientnetv2_b0
-        efficientnetv2_rw_t tf_mobilenetv3_small_minimal_100 mixnet_s fbnetc_100 fbnetv3_b hardcorenas_a
-        mnasnet_100 spnasnet_100 lcnet_050 tinynet_e mobilenetv4_conv_small mobileone_s0 repvit_m0_9
-        repghostnet_050 ghostnetv2_100 nf_regnet_b0 eca_nfnet_l0 gcresnext26ts seresnext26d_32x4d gernet_s
-        resnext26ts eca_resnext26ts convnext_atto convnextv2_atto inception_next_atto starnet_s1
-        fasternet_t0 hgnetv2_b0 rdnet_tiny selecsls42 xception41 convmixer_768_32 resnet18d resnetrs50:160
-        resnetaa50 resnetblur50 tresnet_m mambaout_femto nf_ecaresnet26 resnetv2_50d_gn regnetx_002
-        regnetz_005 cspnext_tiny lcnetv2_small resnet26t
+        cs3darknet_focus_s darknet53 efficientnet_lite0 tf_efficientnetv2_b0 efficientnetv2_rw_t
+        tf_mobilenetv3_small_minimal_100 mixnet_s fbnetc_100 fbnetv3_b hardcorenas_a mnasnet_100
+        spnasnet_100 lcnet_050 tinynet_e mobilenetv4_conv_small mobileone_s0 repvit_m0_9 repghostnet_050
+        ghostnetv2_100 nf_regnet_b0 eca_nfnet_l0 gcresnext26ts seresnext26d_32x4d gernet_s resnext26ts
+        eca_resnext26ts inception_next_atto starnet_s1 fasternet_t0 hgnetv2_b0 selecsls42 xception41
+        convmixer_768_32 resnet18d resnetrs50:160 resnetaa50 resnetblur50 tresnet_m nf_ecaresnet26
+        regnetx_002 regnetz_005 cspnext_tiny lcnetv2_small resnet26t
+    """,
+    "normalised": """
+        efficientnet_b0_gn convnext_atto convnextv2_atto rdnet_tiny mambaout_femto resnetv2_50d_gn
     """,
     "transformer": """
         deit_tiny_patch16_224 swin_tiny_patch4_window7_224 beit_small:224 cait_xxs24_224
@@ -153,11 +156,11 @@ TORCHVISION: Mapping[str, str] = {
         resnet18 resnet50 mobilenet_v2 shufflenet_v2_x1_0 efficientnet_b0 regnet_y_400mf squeezenet1_1
         densenet201 resnet34 resnext50_32x4d googlenet inception_v3:299 mobilenet_v3_small
         mobilenet_v3_large mnasnet0_5 mnasnet1_0 shufflenet_v2_x0_5 efficientnet_v2_s regnet_x_400mf
-        regnet_x_800mf regnet_y_800mf convnext_tiny squeezenet1_0 vgg11 vgg11_bn alexnet wide_resnet14_2
-        fcn_resnet18 deeplabv3_resnet18 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large
-        retinanet_resnet18_fpn fcos_resnet18_fpn ssdlite320_mobilenet_v3_large:320 rpn_mobilenet_v3_fpn
-        mc3_18 s3d
+        regnet_x_800mf regnet_y_800mf squeezenet1_0 vgg11 vgg11_bn alexnet wide_resnet14_2 fcn_resnet18
+        deeplabv3_resnet18 deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large retinanet_resnet18_fpn
+        ssdlite320_mobilenet_v3_large:320 rpn_mobilenet_v3_fpn mc3_18 s3d
     """,
+    "normalised": "convnext_tiny fcos_resnet18_fpn",
     "transformer": "swin_t swin_v2_t:256 vit_s_16",
     "mixed": "maxvit_t raft_small:128",
 }
@@ -231,7 +234,7 @@ HAND: Mapping[
         ({"batch": 1, "time": 96}, {"batch": 3, "time": 128}, {"batch": 2, "time": 177}),
     ),
     "yolo": ("convolution", image(128), {}, ()),
-    "nafnet": ("convolution", image(64), {}, ()),
+    "nafnet": ("normalised", image(64), {}, ()),
     "torch_encoder": ("transformer", _SEQUENCE, {}, ()),
     "generator": ("convolution", (("x", (2, 64), 0),), {}, ()),
     "point_net": ("convolution", (("x", (2, 3, 256), 0),), {}, ()),

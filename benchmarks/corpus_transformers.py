@@ -369,7 +369,7 @@ _TEXT_DYNAMIC = frozenset(
     }
 )
 _TEXT_SIZES = ({"batch": 1, "length": 16}, {"batch": 3, "length": 24}, {"batch": 2, "length": 41})
-_CONVOLUTIONAL = frozenset({"convnextv2", "resnet_hf"})
+_CONVOLUTIONAL = {"convnextv2": "normalised", "resnet_hf": "convolution"}
 
 
 def _transformer(name: str) -> Callable[[], Any]:
@@ -397,6 +397,6 @@ def transformers_networks() -> list[Network]:
         sizes: tuple[Mapping[str, int], ...] = _TEXT_SIZES if dynamic else ()
         if reads == "pair" and dynamic:
             sizes = tuple({**s, "decoder_length": s["length"] - 7} for s in _TEXT_SIZES)
-        kind = "convolution" if name in _CONVOLUTIONAL else "transformer"
+        kind = _CONVOLUTIONAL.get(name, "transformer")
         found.append(Network(name, "transformers", kind, _READS[reads], _transformer(name), dynamic, sizes))
     return found
