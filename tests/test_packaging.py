@@ -87,9 +87,9 @@ def test_import_is_light() -> None:
 
 
 def test_import_takes_under_50_ms() -> None:
-    code = "import time; t = time.perf_counter(); import graphprune; print(time.perf_counter() - t)"
-    # The least of some runs: what the import needs, not what else the machine was doing.
-    assert min(float(run(code)) for _ in range(7)) < 0.050
+    # Of the processor, and the least of some runs: what the import needs, not what else the machine was doing.
+    code = "import time; t = time.process_time(); import graphprune; print(time.process_time() - t)"
+    assert min(float(run(code)) for _ in range(5)) < 0.050
 
 
 def test_every_public_name_resolves() -> None:
@@ -149,6 +149,6 @@ def test_imports_only_what_is_declared(path: str) -> None:
     assert foreign <= CORE
 
 
-@pytest.mark.parametrize("path", python_files("kernels"))
-def test_kernels_know_no_onnx(path: str) -> None:
-    assert not set(imports(path, module_level=False)) & {"onnx", "onnx_ir", "onnxruntime"}
+def test_kernels_know_no_onnx() -> None:
+    used = {path: set(imports(path, module_level=False)) for path in python_files("kernels")}
+    assert not [path for path, names in used.items() if names & {"onnx", "onnx_ir", "onnxruntime"}]
