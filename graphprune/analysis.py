@@ -40,7 +40,8 @@ class Analysis:
         self.atoms = Atoms()
         self.colourings: dict[Tensor, Colouring] = {}
         self._open = open_boundary
-        self._pending: dict[Tensor, list[Labels]] = {}
+        self._carried: dict[Tensor, list[Labels]] = {}
+        self._waiting: set[Tensor] = set()
         self._queue: list[tuple[int, int, Tensor]] = []
         self._ticket = 0
         self.flows: list[list[Flow] | Refusal] = [self._flows_of(op) for op in graph.ops]
@@ -85,17 +86,14 @@ class Analysis:
         colouring = self.colourings.get(tensor)
         if colouring is None:
             colouring = self.colourings[tensor] = Colouring(tensor.shape)
-        before = list(colouring.labellings)
         if not colouring.add(self.atoms, labels, MAX_LABELLINGS):
             return
-        fresh = [a for a in colouring.labellings if not any(a is b for b in before)]
-        self._freeze_at_border(tensor, fresh)
-        if tensor not in self._pending:
-            self._pending[tensor] = []
+        self._freeze_at_border(tensor, colouring.labellings)
+        if tensor not in self._waiting:
+            self._waiting.add(tensor)
             rank = tensor.producer.index if tensor.producer is not None else -1
             self._ticket += 1
             heapq.heappush(self._queue, (rank, self._ticket, tensor))
-        self._pending[tensor] += fresh
 
     def _freeze_at_border(self, tensor: Tensor, labellings: list[Labels]) -> None:
         reason = None
@@ -112,8 +110,12 @@ class Analysis:
     def _run(self) -> None:
         while self._queue:
             _, _, tensor = heapq.heappop(self._queue)
-            for labels in self._pending.pop(tensor):
-                self._push(tensor, labels)
+            self._waiting.discard(tensor)
+            before, now = self._carried.get(tensor, ()), list(self.colourings[tensor].labellings)
+            self._carried[tensor] = now
+            for labels in now:
+                if not any(labels is known for known in before):
+                    self._push(tensor, labels)
 
     def _push(self, tensor: Tensor, labels: Labels) -> None:
         labels = self.atoms.find(labels)

@@ -103,15 +103,23 @@ class SignatureFlow:
                 size = labels.shape[index]
             if axis.factors is None:
                 if size > 1:
-                    if len(varying := varying_axes(labels)) and index in varying:
-                        if index == varying[-1]:
-                            atoms.freeze(labels, f"{where}: nothing is known of axis {index}")
-                            return None
+                    if varying_axes(labels)[-1:] == (index,):
+                        if not self._spoken_of(view, index):
+                            atoms.freeze(labels, f"{where}: nothing may be removed along axis {index}")
+                        return None
                     labels = unite_along(atoms, labels, index)
                 continue
             sizes = [self.signature.sizes[name] for name in axis.factors]
             shape += sizes if size > 1 else [1] * len(sizes)
         return compress(labels.reshape(shape)) if labels.any() else None
+
+    def _spoken_of(self, view: View, index: int) -> bool:
+        """True if another view of the same operand says what the axis is made of."""
+        return any(
+            other.axes[index].factors is not None
+            for other in self.signature.views
+            if (other.is_output, other.slot) == (view.is_output, view.slot)
+        )
 
     def _collapse(self, atoms: Atoms, labels: Labels, names: tuple[str, ...], own: str, target: View) -> Labels:
         """Unite along each factor on which the labels may not depend in the target."""

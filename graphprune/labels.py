@@ -29,10 +29,12 @@ class Atoms:
     """
 
     def __init__(self) -> None:
-        self._parent: Labels = np.zeros(1024, dtype=np.int32)
         self._size = 1  # atom 0 is "no label"
-        self._frozen: dict[int, str] = {}
-        self._statistical: dict[int, str] = {}
+        self._parent: Labels = np.zeros(1024, dtype=np.int32)
+        # At representatives: an index into the reasons, 0 where there is none.
+        self._frozen: Labels = np.zeros(1024, dtype=np.int32)
+        self._statistical: Labels = np.zeros(1024, dtype=np.int32)
+        self._reasons = [""]
         #: Counts unions and freezes; unchanged means that nothing was learnt.
         self.events = 0
 
@@ -43,9 +45,10 @@ class Atoms:
         """Return ``count`` fresh labels."""
         start, self._size = self._size, self._size + count
         if self._size > len(self._parent):
-            grown = np.zeros(max(self._size, 2 * len(self._parent)), dtype=np.int32)
-            grown[:start] = self._parent[:start]
-            self._parent = grown
+            extra = max(self._size, 2 * len(self._parent)) - len(self._parent)
+            self._parent = np.pad(self._parent, (0, extra))
+            self._frozen = np.pad(self._frozen, (0, extra))
+            self._statistical = np.pad(self._statistical, (0, extra))
         labels = np.arange(start, self._size, dtype=np.int32)
         self._parent[start : self._size] = labels
         return labels
@@ -56,15 +59,16 @@ class Atoms:
         while True:
             above = self._parent[roots]
             if np.array_equal(above, roots):
-                break
+                return roots
+            self._parent[labels] = above
             roots = above
-        self._parent[labels] = roots
-        return roots
 
     def union(self, left: Labels, right: Labels) -> None:
         """Unite ``left[i]`` with ``right[i]`` for every i (broadcast); pairs with a 0 are passed over."""
-        left, right = np.broadcast_arrays(left, right)
         pairs = (left > 0) & (right > 0) & (left != right)
+        if not pairs.any():
+            return
+        left, right = np.broadcast_arrays(left, right)
         a, b = left[pairs], right[pairs]
         while True:
             a, b = self.find(a), self.find(b)
@@ -75,17 +79,18 @@ class Atoms:
             self.events += 1
             # Of several candidates for one root the smallest wins; what is not yet united is so in the next round.
             np.minimum.at(self._parent, high, low)
+            roots = self.find(high)
             for notes in (self._frozen, self._statistical):
-                moved = notes.keys() & set(high.tolist()) if notes else ()
-                for root in moved:
-                    notes.setdefault(int(self.find(np.asarray([root], dtype=np.int32))[0]), notes[root])
+                np.maximum.at(notes, roots, notes[high])
             a, b = low, high
 
-    def _note(self, notes: dict[int, str], labels: Labels, reason: str) -> None:
-        for root in np.unique(self.find(labels)).tolist():
-            if root and root not in notes:
-                notes[root] = reason
-                self.events += 1
+    def _note(self, notes: Labels, labels: Labels, reason: str) -> None:
+        roots = self.find(labels)
+        fresh = roots[(roots > 0) & (notes[roots] == 0)]
+        if fresh.size:
+            self._reasons.append(reason)
+            notes[fresh] = len(self._reasons) - 1
+            self.events += 1
 
     def freeze(self, labels: Labels, reason: str) -> None:
         """Nothing that bears one of these labels may be removed, because of ``reason``."""
@@ -103,13 +108,18 @@ class Atoms:
         """Which statistic removal would change; None if removal is exact."""
         return self._reason(self._statistical, label)
 
-    def _reason(self, notes: dict[int, str], label: int) -> str | None:
-        return notes.get(int(self.find(np.asarray([label], dtype=np.int32))[0]))
+    def _reason(self, notes: Labels, label: int) -> str | None:
+        index = int(notes[self.find(np.asarray([label], dtype=np.int32))[0]])
+        return self._reasons[index] if index else None
+
+    def is_frozen(self, labels: Labels) -> npt.NDArray[np.bool_]:
+        """For each label, whether it is frozen."""
+        return self._frozen[self.find(labels)] > 0
 
     def all_frozen(self, labels: Labels) -> bool:
         """True if no label of the array is free."""
-        roots = np.unique(self.find(labels))
-        return all(root in self._frozen for root in roots.tolist() if root)
+        roots = self.find(labels)
+        return bool(((roots == 0) | (self._frozen[roots] > 0)).all())
 
 
 def compress(labels: Labels) -> Labels:
@@ -152,6 +162,9 @@ def unite_identical(atoms: Atoms, left: Labels, right: Labels) -> None:
         return
     a = np.broadcast_to(left, shape).ravel()
     b = np.broadcast_to(right, shape).ravel()
+    if _bijective(a, b):  # the usual case, at a tenth of the price
+        atoms.union(a, b)
+        return
     a_labels, a_index, a_counts = np.unique(a, return_inverse=True, return_counts=True)
     b_labels, b_index, b_counts = np.unique(b, return_inverse=True, return_counts=True)
     code = a_index.astype(np.int64) * len(b_labels) + b_index
@@ -159,6 +172,14 @@ def unite_identical(atoms: Atoms, left: Labels, right: Labels) -> None:
     i, j = pairs // len(b_labels), pairs % len(b_labels)
     same = (counts == a_counts[i]) & (counts == b_counts[j])
     atoms.union(a_labels[i[same]], b_labels[j[same]])
+
+
+def _bijective(a: Labels, b: Labels) -> bool:
+    """True if equal labels of one array meet equal labels of the other, both ways, at the same elements."""
+    size = int(max(a.max(), b.max())) + 1
+    forth, back = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
+    forth[a], back[b] = b, a
+    return bool((forth[a] == b).all() and (back[b] == a).all() and ((a > 0) == (b > 0)).all())
 
 
 def merged(left: Labels, right: Labels) -> Labels | None:
