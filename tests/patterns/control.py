@@ -51,7 +51,7 @@ def if_with_weights_of_its_own(b: Builder) -> None:
     )
 
 
-@pattern("embed.w:1 w.w:0 w.w:1 w.b:0 u.w:0 head.w:1")
+@pattern("embed.w:1 w.w:0 w.w:1 w.b:0 u.w:1 u.b:0 head.w:1", {"u.w:0": INPUT})
 def loop_carries_a_state(b: Builder) -> None:
     """Three steps of h = tanh(h W + x U): the state's width is both axes of W."""
     x = b.gather(b.tokens(16), 0, 1)

@@ -134,16 +134,19 @@ def expand_constant(b: Builder) -> None:
     b.head(b.relu(b.conv("c1", b.concat(b.stem(8), row), 16, 12)), 12)
 
 
-@pattern(
-    "c2.w:0 head.w:1",
-    {
-        "stem.w:0": "a prefix sum mixes channels that stay with channels that go",
-        "c2.w:1": "a prefix sum's output",
-    },
-)
+@pattern("stem.w:0 c2.w:1 c2.w:0 head.w:1", oracle="everything")
 def cumsum_over_channels(b: Builder) -> None:
+    """A prefix sum reads its input as a triangle of ones would: a masked channel adds nothing to later ones."""
     x = b.op("CumSum", b.stem(16), np.asarray(1))
     b.head(b.relu(b.conv("c2", x, 16, 12)), 12)
+
+
+@pattern("stem.w:0 c2.w:1 c2.w:0 head.w:1", oracle="everything")
+def sums_over_channels(b: Builder) -> None:
+    """A sum and a Euclidean length over channels gate them: masked channels add zeros to both."""
+    x = b.stem(16)
+    gate = b.add(b.op("ReduceSum", x, [1], keepdims=1), b.op("ReduceL2", x, [1], keepdims=1))
+    b.head(b.relu(b.conv("c2", b.mul(x, b.sigmoid(b.mul(gate, b.const(0.1)))), 16, 12)), 12)
 
 
 @pattern("embed.w:1 head.w:0")
