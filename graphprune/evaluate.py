@@ -1,13 +1,10 @@
-"""Contents and types of single ops: ONNX's reference ops, ONNX's shape inference, ONNX Runtime where they end.
-
-Everything here looks at one op at a time. The walk over a model is in :mod:`graphprune.walk`.
-"""
+"""Contents of constants: single ops run with ONNX's reference implementation, in ONNX Runtime where that ends."""
 
 from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, SupportsInt, TypeAlias, cast
 
 import numpy as np
@@ -16,18 +13,15 @@ import onnx_ir as ir
 
 from graphprune.errors import ModelError
 from graphprune.graph import TWIN_DOMAIN, Op, Tensor
+from graphprune.nodes import stored_tensor
 
 Array: TypeAlias = np.ndarray[Any, Any]
-#: What inference finds for one output: the whole type, also of sequences and optionals.
+#: An ONNX type; needed where a value may also be a sequence, an optional or a map.
 Type: TypeAlias = onnx.TypeProto
 
 #: Largest contents that the twin keeps; above, a tensor is known by its shape only.
 MAX_INTEGERS = 2**22
 MAX_FLOATS = 2**12
-#: Largest integer operand that is shown to shape inference (a Reshape target, axes, Slice starts).
-_MAX_OPERAND = 2**10
-#: Ops whose output shape depends on the contents of a floating-point operand.
-_READS_FLOATS = frozenset({"Resize", "Upsample", "Range", "MelWeightMatrix", "OneHot"})
 #: Ops that do not give the same result twice.
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -98,139 +92,6 @@ def type_of(tensor: Tensor) -> Type | None:
 @functools.lru_cache(maxsize=4096)
 def _tensor_type(dtype: int, shape: tuple[int, ...] | None) -> Type:
     return onnx.helper.make_tensor_type_proto(dtype, shape)
-
-
-def static_shape(found: Type | None) -> tuple[int, ...] | None:
-    """The shape in a TypeProto if all its dimensions are numbers."""
-    if found is None or not found.HasField("tensor_type") or not found.tensor_type.HasField("shape"):
-        return None
-    dims = found.tensor_type.shape.dim
-    if not all(dim.HasField("dim_value") for dim in dims):
-        return None
-    return tuple(dim.dim_value for dim in dims)
-
-
-def constant_array(attributes: Mapping[str, Any]) -> Array:
-    """The contents of a Constant node with these attributes.
-
-    Raises:
-        ModelError: if none of the attributes holds a value that onnx-ir can read.
-    """
-    for name, value in attributes.items():
-        if name == "value":
-            return np.asarray(value)
-        if name in ("value_float", "value_floats"):
-            return np.asarray(value, np.float32)
-        if name in ("value_int", "value_ints"):
-            return np.asarray(value, np.int64)
-        if name in ("value_string", "value_strings"):
-            return np.asarray(value, object)
-    raise ModelError(f"a Constant node has no readable value (attributes: {', '.join(attributes) or 'none'})")
-
-
-class Inference:
-    """Shape inference of single ops, remembered by op type, attributes, input types and small integer inputs."""
-
-    def __init__(self) -> None:
-        self._types: dict[Any, list[Type | None]] = {}
-        self._data: dict[Any, list[Array] | None] = {}
-
-    def types(self, op: Op, other: Mapping[Tensor, Type]) -> list[Type | None]:
-        """The types of ``op``'s outputs as far as ONNX's inference knows them.
-
-        Args:
-            op: The op; its inputs must have what is known of their types.
-            other: Types of the sequences and optionals among the inputs.
-
-        Raises:
-            onnx.shape_inference.InferenceError: if the inputs contradict each other.
-        """
-        schema = schema_of(op.op_type, op.version, op.domain)
-        unknown: list[Type | None] = [None] * len(op.outputs)
-        if schema is None:
-            return unknown
-        types: dict[str, Type] = {}
-        data: dict[str, Array] = {}
-        reads_floats = op.op_type in _READS_FLOATS
-        cacheable = True
-        for slot, tensor in enumerate(op.inputs):
-            if tensor is None:
-                continue
-            found = other.get(tensor)
-            if found is not None:
-                cacheable = False
-            else:
-                found = type_of(tensor)
-            if found is None:
-                return unknown
-            types[f"i{slot}"] = found
-            contents = tensor.data
-            if contents is not None and contents.size <= _MAX_OPERAND:
-                if contents.dtype.kind in "iub" or (reads_floats and contents.dtype.kind == "f"):
-                    data[f"i{slot}"] = contents
-        key = (
-            signature_key(op),
-            tuple(None if t is None else (t.dtype, t.shape) for t in op.inputs),
-            tuple((name, array.tobytes()) for name, array in data.items()),
-        )
-        if cacheable and (found_types := self._types.get(key)) is not None:
-            return found_types
-        outputs = onnx.shape_inference.infer_node_outputs(
-            schema,
-            node_proto(op),
-            types,
-            {name: onnx.numpy_helper.from_array(array) for name, array in data.items()},
-            opset_imports=[onnx.helper.make_opsetid(op.domain, op.version)],
-        )
-        result = [None if tensor is None else outputs.get(f"o{k}") for k, tensor in enumerate(op.outputs)]
-        if cacheable:
-            self._types[key] = result
-        return result
-
-    def data(self, op: Op) -> list[Array] | None:
-        """The contents of ``op``'s outputs from its inputs' ``data``; None where the reference op fails."""
-        arrays = [None if tensor is None else tensor.data for tensor in op.inputs]
-        if sum(array.size for array in arrays if array is not None) > _MAX_OPERAND:
-            return _try_reference(op, arrays)
-        key = (
-            signature_key(op),
-            tuple(None if array is None else (array.dtype, array.shape, array.tobytes()) for array in arrays),
-        )
-        if key not in self._data:
-            self._data[key] = _try_reference(op, arrays)
-        return self._data[key]
-
-
-def signature_key(op: Op) -> tuple[Any, ...]:
-    """What an op does, without its operands: hashable."""
-    return (
-        op.op_type,
-        op.domain,
-        op.version,
-        tuple(tensor is None for tensor in op.outputs),
-        tuple((name, _hashable(value)) for name, value in op.attributes.items()),
-    )
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(value)
-    if isinstance(value, np.ndarray):
-        return (value.dtype, value.shape, value.tobytes())
-    return repr(value) if isinstance(value, ir.TypeAndShape) else value
-
-
-def _try_reference(op: Op, arrays: Sequence[Array | None]) -> list[Array] | None:
-    # A reference op may raise anything; what it cannot compute is simply not known.
-    try:
-        results = run_reference(op, arrays)
-    except Exception:
-        return None
-    if not all(isinstance(result, np.ndarray) for result in results):
-        return None
-    for result in results:
-        result.flags.writeable = False
-    return results
 
 
 def run_reference(op: Op, arrays: Sequence[Array | None]) -> list[Array]:
@@ -357,18 +218,6 @@ def _run(op: Op, arrays: list[Array | None]) -> Sequence[Array | None]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{op.name}: the constant it computes cannot be evaluated: {reason}") from error
-
-
-def stored_tensor(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor that the model stores for an initializer or for the output of a plain Constant node."""
-    if value.is_initializer():
-        return value.const_value
-    node = value.producer()
-    if node is not None and node.op_type == "Constant" and not node.domain:
-        attribute = node.attributes.get("value")
-        if attribute is not None and not attribute.is_ref() and attribute.type == ir.AttributeType.TENSOR:
-            return attribute.as_tensor()
-    return None
 
 
 def _stored(tensor: Tensor) -> Array:

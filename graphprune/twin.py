@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from graphprune import sizes
 from graphprune.errors import ModelError
-from graphprune.evaluate import Inference, is_random
+from graphprune.evaluate import is_random
 from graphprune.graph import TWIN_DOMAIN, Graph, Op, Tensor
+from graphprune.inference import Inference
 from graphprune.walk import Hint, NodeKey, Walk
 
 

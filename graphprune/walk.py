@@ -14,18 +14,17 @@ import numpy as np
 import onnx_ir as ir
 
 from graphprune.errors import ModelError
-from graphprune.evaluate import (
-    Array,
-    Inference,
-    Type,
-    constant_array,
-    fits,
-    is_random,
-    schema_of,
-    static_shape,
-    stored_tensor,
-)
+from graphprune.evaluate import Array, Type, fits, is_random, schema_of
 from graphprune.graph import TWIN_DOMAIN, Op, Tensor
+from graphprune.inference import NOTHING, Found, Inference
+from graphprune.nodes import (
+    captured,
+    constant_array,
+    is_constant_value,
+    python_value,
+    stored_tensor,
+    subgraphs,
+)
 
 #: A node in its calling context; one If in a function called twice has two keys.
 NodeKey: TypeAlias = tuple[ir.Node, ...]
@@ -95,7 +94,6 @@ class Walk:
         self.errors: list[tuple[str, str]] = []
         self.decisions: dict[NodeKey, bool] = {}
         self.guessed: list[Tensor] = []
-        self._contents: dict[ir.Value, Array] = {}
         self._shared: list[tuple[ir.Value, Scope]] = []
 
     def run(self) -> None:
@@ -138,7 +136,8 @@ class Walk:
     def walk_plain(self, node: ir.Node, scope: Scope) -> None:
         """Makes one op; values that its subgraphs capture become further inputs."""
         inputs = [self.operand(value, scope) for value in node.inputs]
-        inputs.extend(self.operand(value, scope) for value in captured(node))
+        if node.attributes:
+            inputs.extend(self.operand(value, scope) for value in captured(node))
         self.emit(node, scope, node.op_type, node.domain, self.attributes(node, scope), inputs, node.outputs)
 
     def mark(self) -> tuple[int, ...]:
@@ -196,13 +195,17 @@ class Walk:
         if keep:
             self.tensors.append(tensor)
             shape = tensor.shape
-            if shape is not None and len(shape) > 1 and int(np.prod(shape)) > _SMALL:
+            if shape is not None and len(shape) > 1 and _size(shape) > _SMALL:
                 scope.tensors[value] = tensor
                 self._shared.append((value, scope))
         return tensor
 
     def _constant_tensor(self, value: ir.Value, scope: Scope) -> Tensor:
         tensor = Tensor(scope.prefix + (value.name or "unnamed"), value.dtype, None, value, constant=True)
+        known = self.inference.constants.get(value)
+        if known is not None:
+            tensor.dtype, tensor.shape, tensor.data = known
+            return tensor
         stored = stored_tensor(value)
         if stored is None:
             # A Constant node without a plain tensor, perhaps with a reference to the call's attributes.
@@ -217,10 +220,9 @@ class Walk:
             return tensor
         tensor.dtype = stored.dtype
         tensor.shape = tuple(int(size) for size in stored.shape.numpy())
-        if fits(tensor.dtype, stored.size):
-            if value not in self._contents:
-                self._contents[value] = _read_only(stored.numpy())
-            tensor.data = self._contents[value]
+        if fits(tensor.dtype, _size(tensor.shape)):
+            tensor.data = _read_only(stored.numpy())
+        self.inference.constants[value] = (tensor.dtype, tensor.shape, tensor.data)
         return tensor
 
     def _set_other_type(self, tensor: Tensor, value: ir.Value) -> None:
@@ -240,7 +242,7 @@ class Walk:
         for name, attribute in node.attributes.items():
             found = self.resolve(attribute, scope)
             if found is not None and found.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                values[name] = _python_value(found)
+                values[name] = python_value(found)
         return values
 
     def resolve(self, attribute: ir.Attr, scope: Scope) -> ir.Attr | None:
@@ -301,28 +303,27 @@ class Walk:
         if op.domain == "" and op.op_type in ("Shape", "Size"):
             self._infer_shape_op(op)
             return
-        try:
-            found = [None] * len(op.outputs) if _has_subgraph(op) else self.inference.types(op, self.types)
-        except Exception as error:  # InferenceError, or a ValueError for an attribute of the wrong type
-            self.errors.append((op.name, _first_line(error)))
-            found = [None] * len(op.outputs)
+        found = [NOTHING] * len(op.outputs)
+        nested = op.node is not None and bool(op.node.attributes) and bool(subgraphs(op.node))
+        if not nested:
+            try:
+                found = self.inference.types(op, self.types)
+            except Exception as error:  # InferenceError, or a ValueError for an attribute of the wrong type
+                self.errors.append((op.name, (str(error).splitlines() or [type(error).__name__])[0]))
         complete = True
-        for tensor, type_found in zip(op.outputs, found, strict=True):
+        for tensor, result in zip(op.outputs, found, strict=True):
             if tensor is None:
                 continue
-            if type_found is not None and not type_found.HasField("tensor_type"):
-                if type_found.WhichOneof("value") is not None:
-                    self.types[tensor] = type_found
-                    continue
-            elif type_found is not None and type_found.tensor_type.elem_type:
-                tensor.dtype = ir.DataType(type_found.tensor_type.elem_type)
-                tensor.shape = static_shape(type_found)
-            if tensor.shape is None or tensor.dtype is None:
+            tensor.dtype, tensor.shape = result.dtype, result.shape
+            if result.other is not None:
+                self.types[tensor] = result.other
+            elif result.shape is None or result.dtype is None:
                 complete = False
         if not complete:
             self._complete(op, scope, found)
         self._check_sizes(op)
-        self._evaluate(op)
+        if not nested:
+            self._evaluate(op)
 
     def _infer_shape_op(self, op: Op) -> None:
         source, output = op.inputs[0], op.outputs[0]
@@ -342,7 +343,7 @@ class Walk:
         output.shape = data.shape
         output.data = _read_only(data)
 
-    def _complete(self, op: Op, scope: Scope, found: Sequence[Type | None]) -> None:
+    def _complete(self, op: Op, scope: Scope, found: Sequence[Found]) -> None:
         """Fills in what ONNX's inference left open: rules first, then what was seen or stored in the model."""
         try:
             from graphprune import rules
@@ -360,7 +361,7 @@ class Walk:
             if tensor.shape is None and shapes is not None and k < len(shapes) and shapes[k] is not None:
                 tensor.shape = shapes[k]
             if tensor.shape is None and hint is not None:
-                self.guess(tensor, hint[1], open_axes(found[k], len(hint[1])) if known_op else ())
+                self.guess(tensor, hint[1], found[k].open_axes)
             if tensor.dtype is None and value is not None:
                 tensor.dtype = (hint[0] if hint is not None else None) or value.dtype
                 if value.type is not None and not isinstance(value.type, ir.TensorType):
@@ -402,7 +403,7 @@ class Walk:
     def _evaluate(self, op: Op) -> None:
         if op.domain or not op.inputs or any(t is not None and t.data is None for t in op.inputs):
             return
-        if is_random(op) or _has_subgraph(op) or not any(op.inputs):
+        if is_random(op) or not any(op.inputs):
             return
         for tensor in op.outputs:
             if tensor is None:
@@ -460,77 +461,6 @@ class Walk:
         return arguments
 
 
-def captured(node: ir.Node) -> list[ir.Value]:
-    """Values from outside that the node's subgraphs read, in order of first use."""
-    found: dict[ir.Value, None] = {}
-    inner: set[ir.Value] = set()
-
-    def visit(graph: ir.Graph) -> None:
-        inner.update(graph.inputs)
-        inner.update(graph.initializers.values())
-        for child in graph:
-            found.update((value, None) for value in child.inputs if value is not None)
-            inner.update(child.outputs)
-            for subgraph in subgraphs(child):
-                visit(subgraph)
-        found.update((value, None) for value in graph.outputs)
-
-    for graph in subgraphs(node):
-        visit(graph)
-    return [value for value in found if value not in inner]
-
-
-def subgraphs(node: ir.Node) -> list[ir.Graph]:
-    """The graphs among the node's attributes."""
-    graphs: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.is_ref():
-            continue
-        if attribute.type == ir.AttributeType.GRAPH:
-            graphs.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            graphs.extend(attribute.as_graphs())
-    return graphs
-
-
-def open_axes(found: Type | None, rank: int) -> list[int]:
-    """The axes whose size ONNX's inference left open; none if it does not even know the rank."""
-    if found is None or not found.tensor_type.HasField("shape"):
-        return []
-    dims = found.tensor_type.shape.dim
-    return (
-        [axis for axis, dim in enumerate(dims) if not dim.HasField("dim_value")] if len(dims) == rank else []
-    )
-
-
-def is_constant_value(value: ir.Value) -> bool:
-    """True for initializers and outputs of Constant nodes."""
-    if value.is_initializer():
-        return True
-    node = value.producer()
-    return node is not None and node.op_type == "Constant" and not node.domain
-
-
-def _has_subgraph(op: Op) -> bool:
-    return op.node is not None and bool(subgraphs(op.node))
-
-
-def _python_value(attribute: ir.Attr) -> Any:
-    value = attribute.value
-    match attribute.type:
-        case ir.AttributeType.TENSOR:
-            return value.numpy()
-        case ir.AttributeType.STRING:
-            return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-        case ir.AttributeType.TENSORS:
-            return [tensor.numpy() for tensor in value]
-        case ir.AttributeType.STRINGS:
-            return [item.decode("utf-8", "replace") if isinstance(item, bytes) else item for item in value]
-        case ir.AttributeType.INTS | ir.AttributeType.FLOATS | ir.AttributeType.TYPE_PROTOS:
-            return list(value)
-    return value
-
-
 def _size(shape: tuple[int, ...] | None) -> int:
     size = 1
     for length in shape or ():
@@ -542,7 +472,3 @@ def _read_only(array: Array) -> Array:
     view: Array = array.view()
     view.flags.writeable = False
     return view
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
