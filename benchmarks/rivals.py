@@ -31,12 +31,25 @@ class Clock:
 
 
 def _network(name: str) -> Any:
-    """The torchvision network with the random weights of seed 0, in eval mode."""
+    """The torchvision network with the random weights of seed 0, in eval mode.
+
+    Biases and statistics too are random: where they are all alike, as before training, the exporter makes one tensor of
+    those of many layers, and a tool that rightly leaves shared tensors alone would prune nothing.
+    """
     import torch
     import torchvision
 
     torch.manual_seed(0)
-    return torchvision.models.get_model(name, weights=None).eval()
+    network = torchvision.models.get_model(name, weights=None).eval()
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 1.5)
+                module.weight.uniform_(0.5, 1.5)
+            if getattr(module, "bias", None) is not None:
+                module.bias.normal_(0, 0.1)
+    return network
 
 
 def _export(network: Any, path: Path) -> None:
