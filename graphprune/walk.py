@@ -345,12 +345,9 @@ class Walk:
 
     def _complete(self, op: Op, scope: Scope, found: Sequence[Found]) -> None:
         """Fills in what ONNX's inference left open: rules first, then what was seen or stored in the model."""
-        try:
-            from graphprune import rules
+        from graphprune import rules
 
-            shapes = rules.output_shapes(op)
-        except ImportError:
-            shapes = None
+        shapes = rules.output_shapes(op)
         known_op = schema_of(op.op_type, op.version, op.domain) is not None
         first = next((tensor.dtype for tensor in op.inputs if tensor is not None), None)
         for k, tensor in enumerate(op.outputs):

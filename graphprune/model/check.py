@@ -7,7 +7,7 @@ a huge amount of memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,32 +58,45 @@ def nbytes_of(data_type: int, dims: Sequence[int]) -> int | None:
     return None if width is None else (math.prod(int(size) for size in dims) * width + 7) // 8
 
 
-def subgraphs(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-    """The graphs in the attributes of ``nodes``, nested ones too, outer before inner."""
-    for node in nodes:
-        for attribute in node.attribute:
-            for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
-                yield graph
-                yield from subgraphs(graph.node)
+class Parts(NamedTuple):
+    """All that a model is made of, subgraphs and functions included, gathered in one walk."""
+
+    graphs: list[onnx.GraphProto]
+    nodes: list[onnx.NodeProto]
+    #: Tensors in attributes, with the attribute's name and the node.
+    constants: list[tuple[onnx.TensorProto, str, onnx.NodeProto]]
+
+    @property
+    def is_external(self) -> bool:
+        """Whether any tensor lies in external data."""
+        tensors = [tensor for graph in self.graphs for tensor in graph.initializer]
+        return any(
+            tensor.data_location == 1 for tensor in [*tensors, *(constant[0] for constant in self.constants)]
+        )
 
 
-def graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    """The main graph and all subgraphs, those in functions too."""
-    yield proto.graph
-    yield from subgraphs(proto.graph.node)
+def parts(proto: onnx.ModelProto) -> Parts:
+    """Walk through a model; outer graphs come before inner ones, and the main graph is first."""
+    found = Parts([proto.graph], [], [])
+
+    def visit(nodes: Iterable[onnx.NodeProto]) -> None:
+        for node in nodes:
+            found.nodes.append(node)
+            for attribute in node.attribute:
+                if attribute.HasField("t"):
+                    found.constants.append((attribute.t, attribute.name, node))
+                found.constants.extend((tensor, attribute.name, node) for tensor in attribute.tensors)
+                for graph in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                    found.graphs.append(graph)
+                    visit(graph.node)
+
+    visit(proto.graph.node)
     for function in proto.functions:
-        yield from subgraphs(function.node)
+        visit(function.node)
+    return found
 
 
-def node_lists(proto: onnx.ModelProto) -> Iterator[Sequence[onnx.NodeProto]]:
-    """The nodes of every graph and function."""
-    for graph in graphs(proto):
-        yield graph.node
-    for function in proto.functions:
-        yield function.node
-
-
-def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | None = None) -> None:
+def check_model(proto: onnx.ModelProto, where: str, lifted: Mapping[int, int] | None = None) -> Parts:
     """Check versions, names, tensor sizes and structure.
 
     Parameters
@@ -94,6 +107,11 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | Non
         The file or object, for messages.
     lifted : dict, optional
         Index of an initializer of the main graph to the number of bytes of its raw data, where that was cut out.
+
+    Returns
+    -------
+    Parts
+        What the model is made of.
 
     Raises
     ------
@@ -108,7 +126,8 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | Non
             f"{where}: the graph has no nodes, so there is nothing to prune; is this the right file?"
         )
     _check_versions(proto, where)
-    for graph in graphs(proto):
+    found = parts(proto)
+    for graph in found.graphs:
         name = f"graph {graph.name!r}"
         _check_unique([t.name for t in graph.initializer], "initializer", name, where)
         _check_unique([v.name for v in graph.input], "input", name, where)
@@ -123,16 +142,13 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: dict[int, int] | Non
                     f" {onnx.__version__} does not know; export the model again, or upgrade onnx"
                 )
     _check_unique([(f.domain, f.name, f.overload) for f in proto.functions], "function", "the model", where)
-    for nodes in node_lists(proto):
-        for node in nodes:
-            for attribute in node.attribute:
-                for tensor in ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors):
-                    what = f"attribute {attribute.name!r} of {node.op_type} {node.name!r}"
-                    check_tensor(tensor, what, where)
+    for tensor, name, node in found.constants:
+        check_tensor(tensor, f"attribute {name!r} of {node.op_type} {node.name!r}", where)
     try:
         onnx.checker.check_model(_without_weights(proto))
     except onnx.checker.ValidationError as error:
         raise ModelError(f"{where}: not a valid ONNX graph: {one_line(error)}") from error
+    return found
 
 
 def _check_versions(proto: onnx.ModelProto, where: str) -> None:
@@ -251,22 +267,24 @@ def _without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
 
     bare = onnx.ModelProto()
     bare.CopyFrom(proto)
-    for graph in graphs(bare):
+    found = parts(bare)
+    for graph in found.graphs:
         del graph.value_info[:]
         for tensor in graph.initializer:
             _empty(tensor)
+        for info in (*graph.input, *graph.output):
+            if info.type.HasField("tensor_type"):
+                info.type.tensor_type.shape.SetInParent()  # unknown ranks: the checker objects, runtimes do not
+    for tensor, _, _ in found.constants:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _empty(tensor)
     opsets = {o.domain: o.version for o in bare.opset_import}
+    version = opsets.get("", opsets.get("ai.onnx", 1))
     private = False
-    for nodes in node_lists(bare):
-        for node in nodes:
-            for attribute in node.attribute:
-                for tensor in ([attribute.t] if attribute.HasField("t") else []) + list(attribute.tensors):
-                    if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                        _empty(tensor)
-            if node.op_type in RUNTIME_OPS and node.domain in ("", "ai.onnx"):
-                version = opsets.get("", opsets.get("ai.onnx", 1))
-                if not onnx.defs.has(node.op_type, version, ""):
-                    node.domain, private = "com.microsoft", True
+    for node in found.nodes:
+        if node.op_type in RUNTIME_OPS and node.domain in ("", "ai.onnx"):
+            if not onnx.defs.has(node.op_type, version, ""):
+                node.domain, private = "com.microsoft", True
     if private and "com.microsoft" not in opsets:
         bare.opset_import.add(domain="com.microsoft", version=1)
     return bare
@@ -366,26 +384,26 @@ def make_dense(proto: onnx.ModelProto, where: str) -> None:
     import onnx
 
     left = DENSE_LIMIT
-    for graph in graphs(proto):
+    found = parts(proto)
+    for graph in found.graphs:
         for sparse in graph.sparse_initializer:
             dense = _densify(sparse, f"sparse initializer {sparse.values.name!r}", where, left)
             left -= len(dense.raw_data)
             graph.initializer.append(dense)
         del graph.sparse_initializer[:]
-    for nodes in node_lists(proto):
-        for node in nodes:
-            for attribute in node.attribute:
-                if not attribute.HasField("sparse_tensor") and not attribute.sparse_tensors:
-                    continue
-                if node.op_type != "Constant" or attribute.name != "sparse_value":
-                    raise ModelError(
-                        f"{where}: {node.op_type} {node.name!r} has a sparse attribute; make it dense"
-                    )
-                dense = _densify(attribute.sparse_tensor, f"sparse constant {node.name!r}", where, left)
-                left -= len(dense.raw_data)
-                attribute.ClearField("sparse_tensor")
-                attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
-                attribute.t.CopyFrom(dense)
+    for node in found.nodes:
+        for attribute in node.attribute:
+            if not attribute.HasField("sparse_tensor") and not attribute.sparse_tensors:
+                continue
+            if node.op_type != "Constant" or attribute.name != "sparse_value":
+                raise ModelError(
+                    f"{where}: {node.op_type} {node.name!r} has a sparse attribute; make it dense"
+                )
+            dense = _densify(attribute.sparse_tensor, f"sparse constant {node.name!r}", where, left)
+            left -= len(dense.raw_data)
+            attribute.ClearField("sparse_tensor")
+            attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
+            attribute.t.CopyFrom(dense)
 
 
 def _densify(sparse: onnx.SparseTensorProto, what: str, where: str, limit: int) -> onnx.TensorProto:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import ModelError, OptionError
-from graphprune.model.check import check_model, graphs, node_lists, one_line
+from graphprune.model.check import check_model, one_line, parts
 from graphprune.model.read import (
     EXTERNAL,
     SOURCES,
@@ -126,11 +126,20 @@ def copy(model: ir.Model) -> ir.Model:
             *graph.initializers.values(),
             *(o for node in graph for o in node.outputs),
         ]:
-            value.type = copies.deepcopy(value.type)
+            value.type = _copy_type(value.type)
         for value in graph.initializers.values():
             if value.const_value is not None:
                 value.const_value = _renamable(value.const_value)
     return duplicate
+
+
+def _copy_type(kind: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
+    """A copy of a type; those of tensors, nearly all, without the cost of deepcopy."""
+    import onnx_ir as ir
+
+    if type(kind) is ir.TensorType:
+        return ir.TensorType(kind.dtype, denotation=kind.denotation)
+    return copies.deepcopy(kind)
 
 
 def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -196,14 +205,14 @@ def _graphsurgeon_lacks(proto: onnx.ModelProto) -> list[str]:
         kinds.INTS,
         kinds.STRINGS,
     }
-    nodes = [node for part in node_lists(proto) for node in part]
-    infos = [info for graph in graphs(proto) for info in (*graph.input, *graph.output, *graph.value_info)]
+    graphs, nodes, _ = parts(proto)
+    infos = [info for graph in graphs for info in (*graph.input, *graph.output, *graph.value_info)]
     lacks = {
         "the model's metadata_props": proto.metadata_props,
         "the model's doc_string": proto.doc_string,
         "the model's domain and version": proto.domain or proto.model_version,
-        "quantization annotations": any(graph.quantization_annotation for graph in graphs(proto)),
-        "metadata_props of the graph": any(graph.metadata_props for graph in graphs(proto)),
+        "quantization annotations": any(graph.quantization_annotation for graph in graphs),
+        "metadata_props of the graph": any(graph.metadata_props for graph in graphs),
         "doc strings and metadata_props of nodes": any(
             node.doc_string or node.metadata_props for node in nodes
         ),

@@ -152,11 +152,13 @@ def parse(buffer: Buffer, where: str, folders: list[Path]) -> ir.Model:
             text = f"{where}: its training_info (a training graph) is not kept: pruning would make it wrong"
             warnings.warn(text, ConversionWarning, stacklevel=4)
         make_dense(proto, where)
-        check_model(proto, where, {part.ordinal: part.end - part.start for part in lifted})
+        found = check_model(proto, where, {part.ordinal: part.end - part.start for part in lifted})
         names = [tensor.name for tensor in proto.graph.initializer]
         model = ir.serde.deserialize_model(proto)
         _bind(model, buffer, [(names[part.ordinal], part) for part in lifted])
-        bind_external(model, where, folders)
+        model.meta.update({SOURCES: (), EXTERNAL: False})
+        if found.is_external:
+            bind_external(model, where, folders)
     return model
 
 

@@ -9,15 +9,15 @@ field numbers: onnx.proto.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator, Sequence
-from typing import IO, TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     import onnx
 
 Buffer = bytes | mmap.mmap
-#: Size of a tensor's data in bytes, and a function that writes exactly so many to a file.
-Payload = tuple[int, Callable[[IO[bytes]], object]]
+#: Number, wire type, start of the tag, start and end of the payload.
+Field = tuple[int, int, int, int, int]
 
 #: Field numbers in onnx.proto.
 MODEL_GRAPH, GRAPH_INITIALIZER, TENSOR_RAW_DATA = 7, 5, 9
@@ -27,22 +27,25 @@ MAXIMUM_MESSAGE = 2**31 - 1
 LIFT_BYTES = 4096
 
 
+#: Larger tensors write themselves, without a copy in memory.
+STREAM_BYTES = 2**20
+
+
+class Payload(Protocol):
+    """A tensor as far as writing it goes: onnx_ir's tensors, of which all have ``tofile(file)`` too."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def tobytes(self) -> bytes: ...
+
+
 class WireError(ValueError):
     """The bytes are not a protobuf message; ``truncated`` if they only end too early."""
 
     def __init__(self, message: str, truncated: bool = False) -> None:
         super().__init__(message)
         self.truncated = truncated
-
-
-class Field(NamedTuple):
-    """One field of a message: its number, wire type, and where its tag and payload lie in the buffer."""
-
-    number: int
-    wire_type: int
-    tag: int
-    start: int
-    end: int
 
 
 def read_varint(buffer: Buffer, position: int, end: int) -> tuple[int, int]:
@@ -72,6 +75,11 @@ def varint(value: int) -> bytes:
 def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
     """The fields of the message in ``buffer[start:end]``, nested messages not entered.
 
+    Yields
+    ------
+    number, wire_type, tag, start, end : int
+        What the field is, and where its tag and its payload lie.
+
     Raises
     ------
     WireError
@@ -80,19 +88,24 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
     position = start
     while position < end:
         tag = position
-        key, position = read_varint(buffer, position, end)
+        key = buffer[position]
+        if key < 0x80:  # nearly always: worth not calling anything
+            position += 1
+        else:
+            key, position = read_varint(buffer, position, end)
         number, wire_type = key >> 3, key & 7
-        if wire_type == 0:
+        if wire_type == 2:
+            length, position = read_varint(buffer, position, end)
+            payload_end = position + length
+        elif wire_type == 0:
             _, payload_end = read_varint(buffer, position, end)
         elif wire_type == 1:
             payload_end = position + 8
-        elif wire_type == 2:
-            length, position = read_varint(buffer, position, end)
-            payload_end = position + length
         elif wire_type == 5:
             payload_end = position + 4
         else:
-            raise WireError(f"byte {tag} does not start a protobuf field")
+            number = 0
+            payload_end = position
         if number == 0:
             raise WireError(f"byte {tag} does not start a protobuf field")
         if payload_end > end:
@@ -100,7 +113,7 @@ def fields(buffer: Buffer, start: int, end: int) -> Iterator[Field]:
                 f"field {number} at byte {tag} needs {payload_end - position} bytes and {end - position} are left",
                 truncated=True,
             )
-        yield Field(number, wire_type, tag, position, payload_end)
+        yield number, wire_type, tag, position, payload_end
         position = payload_end
 
 
@@ -136,27 +149,29 @@ def lift(buffer: Buffer, threshold: int = LIFT_BYTES) -> tuple[bytes, list[Lifte
     """
     lifted: list[Lifted] = []
     skeleton: list[bytes] = []
-    index = 0  # runs on over repeated graph fields: a parser merges them
-    for field in fields(buffer, 0, len(buffer)):
-        if field.number != MODEL_GRAPH or field.wire_type != 2:
-            skeleton.append(buffer[field.tag : field.end])
+    ordinal = 0  # runs on over repeated graph fields: a parser merges them
+    for number, wire_type, tag, start, end in fields(buffer, 0, len(buffer)):
+        if number != MODEL_GRAPH or wire_type != 2:
+            skeleton.append(buffer[tag:end])
             continue
         graph: list[bytes] = []
-        for part in fields(buffer, field.start, field.end):
-            if part.number != GRAPH_INITIALIZER or part.wire_type != 2:
-                graph.append(buffer[part.tag : part.end])
+        kept = start  # what lies from here on is copied as it is
+        for part, part_type, part_tag, part_start, part_end in fields(buffer, start, end):
+            if part != GRAPH_INITIALIZER or part_type != 2:
                 continue
-            members = list(fields(buffer, part.start, part.end))
-            raw = [m for m in members if m.number == TENSOR_RAW_DATA and m.wire_type == 2]
-            if len(raw) == 1 and raw[0].end - raw[0].start >= threshold:
-                lifted.append(Lifted(index, raw[0].start, raw[0].end))
-                tensor = b"".join(buffer[m.tag : m.end] for m in members if m is not raw[0])
-                graph.append(_prefix(GRAPH_INITIALIZER, len(tensor)) + tensor)
-            else:
-                graph.append(buffer[part.tag : part.end])
-            index += 1
+            if part_end - part_start >= threshold:
+                members = list(fields(buffer, part_start, part_end))
+                raw = [member for member in members if member[:2] == (TENSOR_RAW_DATA, 2)]
+                if len(raw) == 1 and raw[0][4] - raw[0][3] >= threshold:
+                    _, _, raw_tag, raw_start, raw_end = raw[0]
+                    lifted.append(Lifted(ordinal, raw_start, raw_end))
+                    tensor = buffer[part_start:raw_tag] + buffer[raw_end:part_end]
+                    graph += [buffer[kept:part_tag], _prefix(GRAPH_INITIALIZER, len(tensor)), tensor]
+                    kept = part_end
+            ordinal += 1
+        graph.append(buffer[kept:end])
         body = b"".join(graph)
-        skeleton.append(_prefix(MODEL_GRAPH, len(body)) + body)
+        skeleton += [_prefix(MODEL_GRAPH, len(body)), body]
     return b"".join(skeleton), lifted
 
 
@@ -172,9 +187,8 @@ def write_model(proto: onnx.ModelProto, payloads: Sequence[Payload | None], file
     ----------
     proto : onnx.ModelProto
         Consumed: its graph's initializers are taken out.
-    payloads : sequence
-        One for each initializer: its size in bytes and a function that writes exactly so many bytes to a file, or None
-        where the initializer is complete as it is.
+    payloads : sequence of Payload or None
+        One for each initializer: the tensor that its raw data comes from, or None where it is complete as it is.
     file : binary file
         Open for writing.
 
@@ -186,8 +200,9 @@ def write_model(proto: onnx.ModelProto, payloads: Sequence[Payload | None], file
     graph = proto.graph
     heads = [tensor.SerializeToString() for tensor in graph.initializer]
     bodies = [
-        len(head) + (len(_prefix(TENSOR_RAW_DATA, payload[0])) + payload[0] if payload else 0)
-        for head, payload in zip(heads, payloads, strict=True)
+        len(head)
+        + (len(_prefix(TENSOR_RAW_DATA, tensor.nbytes)) + tensor.nbytes if tensor is not None else 0)
+        for head, tensor in zip(heads, payloads, strict=True)
     ]
     del graph.initializer[:]
     rest = graph.SerializeToString()
@@ -198,21 +213,23 @@ def write_model(proto: onnx.ModelProto, payloads: Sequence[Payload | None], file
     if len(model) + len(prefix) + length > MAXIMUM_MESSAGE:
         raise WireError(f"the model takes {length / 1e9:.2f} GB, and one ONNX file cannot exceed 2 GB")
     file.write(model + prefix + rest)
-    for head, body, payload in zip(heads, bodies, payloads, strict=True):
+    for head, body, tensor in zip(heads, bodies, payloads, strict=True):
         file.write(_prefix(GRAPH_INITIALIZER, body) + head)
-        if payload is not None:
-            nbytes, write = payload
-            file.write(_prefix(TENSOR_RAW_DATA, nbytes))
-            write_exactly(file, nbytes, write)
+        if tensor is not None:
+            file.write(_prefix(TENSOR_RAW_DATA, tensor.nbytes))
+            write_tensor(file, tensor)
 
 
-def write_exactly(file: IO[bytes], nbytes: int, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` put ``nbytes`` bytes into ``file``; WireError if it wrote another number."""
-    # numpy writes to the file descriptor behind Python's buffer: flush so that both agree about the position
-    file.flush()
-    before = file.tell()
-    write(file)
-    file.flush()
-    written = file.tell() - before
-    if written != nbytes:
-        raise WireError(f"{nbytes} bytes of weights were announced and {written} written")
+def write_tensor(file: IO[bytes], tensor: Payload) -> None:
+    """Write a tensor's bytes; WireError if they are not as many as it says."""
+    if tensor.nbytes < STREAM_BYTES or not hasattr(tensor, "tofile"):
+        written = file.write(tensor.tobytes())
+    else:
+        # numpy writes to the file descriptor behind Python's buffer: flush so that both agree about the position
+        file.flush()
+        before = file.tell()
+        tensor.tofile(file)
+        file.flush()
+        written = file.tell() - before
+    if written != tensor.nbytes:
+        raise WireError(f"{tensor.nbytes} bytes of weights were announced and {written} written")

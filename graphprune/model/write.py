@@ -8,14 +8,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from graphprune.errors import ModelError, OptionError
-from graphprune.model.check import graphs, one_line
+from graphprune.model.check import one_line, parts
 from graphprune.model.read import EXTERNAL, SOURCES, all_graphs
-from graphprune.model.wire import LIFT_BYTES, MAXIMUM_MESSAGE, Payload, WireError, write_exactly, write_model
+from graphprune.model.wire import LIFT_BYTES, MAXIMUM_MESSAGE, Payload, WireError, write_model, write_tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -175,8 +174,10 @@ def staged(
         raise OptionError(f"{target}: a folder; give the name of the file to write")
     if not target.parent.is_dir():
         raise OptionError(f"{target}: the folder {str(target.parent)!r} does not exist; create it first")
-    external = _is_external(model, target, external_data)
-    _refuse_sources(model, [target, data_path(target)] if external else [target], sources)
+    weights = _weights(model)
+    external = _is_external(model, weights, target, external_data)
+    written = [target, data_path(target)] if external else [target]
+    _refuse_sources(written, weights, (*sources, *model.meta.get(SOURCES, ())))
     try:
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
@@ -184,7 +185,7 @@ def staged(
     try:
         file = StagedFile(folder / target.name, target, external)
         try:
-            _write(model, file.path, external)
+            _write(model, weights, file.path, external)
         except WireError as error:
             raise ModelError(f"{target}: cannot be written: {one_line(error)}") from error
         except OSError as error:
@@ -203,16 +204,18 @@ def _weights(model: ir.Model) -> list[ir.Value]:
     ]
 
 
-def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers, those of subgraphs included."""
-    return sum(value.const_value.nbytes for value in _weights(model) if value.const_value is not None)
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    """The contents of one of :func:`_weights`."""
+    assert value.const_value is not None
+    return value.const_value
 
 
 def file_size(model: ir.Model) -> int:
     """Bytes that the model takes in one file, to within some bytes a tensor. No weights are read."""
-    values = [value for value in _weights(model) if _streams(value)]
-    proto = _skeleton(model, values, [0] * len(values), "")
-    for tensor in (tensor for graph in graphs(proto) for tensor in graph.initializer):
+    weights = _weights(model)
+    values = [value for value in weights if _streams(value)]
+    proto = _skeleton(model, weights, values, [0] * len(values), "")
+    for tensor in (tensor for graph in parts(proto).graphs for tensor in graph.initializer):
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
     return int(proto.ByteSize()) + sum(
@@ -220,30 +223,28 @@ def file_size(model: ir.Model) -> int:
     )
 
 
-def _is_external(model: ir.Model, target: Path, wanted: bool | None) -> bool:
+def _is_external(model: ir.Model, weights: list[ir.Value], target: Path, wanted: bool | None) -> bool:
     import onnx_ir as ir
 
-    total = weight_bytes(model)
+    total = sum(_tensor(value).nbytes for value in weights)
     if wanted is False and total > MAXIMUM_MESSAGE:
         raise OptionError(
             f"{target}: {total / 1e9:.1f} GB of weights do not fit one ONNX file; use external data"
         )
     if wanted is not None:
         return wanted
-    had = bool(model.meta.get(EXTERNAL)) or any(
-        isinstance(v.const_value, ir.ExternalTensor) for v in _weights(model)
-    )
+    had = bool(model.meta.get(EXTERNAL)) or any(isinstance(v.const_value, ir.ExternalTensor) for v in weights)
     return had or total > EXTERNAL_BYTES
 
 
-def _refuse_sources(model: ir.Model, targets: list[Path], sources: Sequence[str | os.PathLike[str]]) -> None:
+def _refuse_sources(
+    targets: list[Path], weights: list[ir.Value], sources: Sequence[str | os.PathLike[str]]
+) -> None:
     """OptionError if a target is a file that the model's weights are still read from, under whatever name."""
     import onnx_ir as ir
 
-    files = {Path(source) for source in (*sources, *model.meta.get(SOURCES, ()))}
-    files |= {
-        Path(v.const_value.path) for v in _weights(model) if isinstance(v.const_value, ir.ExternalTensor)
-    }
+    files = {Path(source) for source in sources}
+    files |= {Path(v.const_value.path) for v in weights if isinstance(v.const_value, ir.ExternalTensor)}
     for target in targets:
         for file in files:
             same = file.resolve() == target.resolve()
@@ -264,7 +265,7 @@ def _streams(value: ir.Value, threshold: int = LIFT_BYTES) -> bool:
 
 
 def _skeleton(
-    model: ir.Model, streamed: list[ir.Value], offsets: list[int], location: str
+    model: ir.Model, weights: list[ir.Value], streamed: list[ir.Value], offsets: list[int], location: str
 ) -> onnx.ModelProto:
     """The serialized model, with references to external data in place of the contents of ``streamed``.
 
@@ -272,12 +273,10 @@ def _skeleton(
     """
     import onnx_ir as ir
 
-    kept = [(value, value.const_value) for value in _weights(model)]
+    kept = [(value, _tensor(value)) for value in weights]
     apart = {id(value): offset for value, offset in zip(streamed, offsets, strict=True)}
     try:
         for value, tensor in kept:
-            if tensor is None:
-                continue
             described: dict[str, Any] = {
                 "name": value.name or "",
                 "doc_string": tensor.doc_string,
@@ -302,13 +301,14 @@ def bare_proto(model: ir.Model) -> onnx.ModelProto:
     """The serialized model without the contents of its large or external weights: for checks of its structure."""
     import onnx_ir as ir
 
-    values = [v for v in _weights(model) if isinstance(v.const_value, ir.ExternalTensor) or _streams(v)]
-    return _skeleton(model, values, [0] * len(values), "weights")
+    weights = _weights(model)
+    values = [v for v in weights if isinstance(v.const_value, ir.ExternalTensor) or _streams(v)]
+    return _skeleton(model, weights, values, [0] * len(values), "weights")
 
 
 def drop_initializer_info(proto: onnx.ModelProto) -> None:
     """Remove the ``value_info`` that onnx_ir writes for initializers, which repeats their type and shape."""
-    for graph in graphs(proto):
+    for graph in parts(proto).graphs:
         initializers = {tensor.name for tensor in graph.initializer}
         kept = [
             info
@@ -320,18 +320,18 @@ def drop_initializer_info(proto: onnx.ModelProto) -> None:
             graph.value_info.extend(kept)
 
 
-def _write(model: ir.Model, path: Path, external: bool) -> None:
+def _write(model: ir.Model, weights: list[ir.Value], path: Path, external: bool) -> None:
     """Write the model, and its external data beside it, and wait until both are on disk."""
     if external:
-        values = [value for value in _weights(model) if _streams(value, EXTERNAL_THRESHOLD)]
+        values = [value for value in weights if _streams(value, EXTERNAL_THRESHOLD)]
         offsets = _layout(values)
         data = data_path(path)
         with data.open("wb") as file:
             for value, offset in zip(values, offsets, strict=True):
                 file.write(bytes(offset - file.tell()))
-                _stream(value, file)
+                write_tensor(file, _tensor(value))
             _sync(file)
-        proto = _skeleton(model, values, offsets, data.name)
+        proto = _skeleton(model, weights, values, offsets, data.name)
         if proto.ByteSize() > MAXIMUM_MESSAGE:
             raise WireError(
                 "the graph alone, without its initializers, exceeds 2 GB; move large constants to initializers"
@@ -342,7 +342,7 @@ def _write(model: ir.Model, path: Path, external: bool) -> None:
         return
     main = model.graph.initializers
     values = [v for v in main.values() if v.const_value is not None and _streams(v)]
-    proto = _skeleton(model, values, [0] * len(values), "")
+    proto = _skeleton(model, weights, values, [0] * len(values), "")
     by_name = {value.name: value for value in values}
     payloads: list[Payload | None] = []
     for tensor in proto.graph.initializer:
@@ -351,9 +351,7 @@ def _write(model: ir.Model, path: Path, external: bool) -> None:
             continue
         tensor.ClearField("external_data")
         tensor.ClearField("data_location")
-        contents = by_name[tensor.name].const_value
-        assert contents is not None
-        payloads.append((contents.nbytes, partial(_contents, contents)))
+        payloads.append(_tensor(by_name[tensor.name]))
     with path.open("wb") as file:
         write_model(proto, payloads, file)
         _sync(file)
@@ -363,26 +361,11 @@ def _layout(values: list[ir.Value]) -> list[int]:
     """Offsets of the weights in the data file, in the order of the model."""
     offsets, end = [], 0
     for value in values:
-        assert value.const_value is not None
-        step = ALIGNMENT if value.const_value.nbytes >= 2**20 else 64
-        offset = -(-end // step) * step
-        offsets.append(offset)
-        end = offset + value.const_value.nbytes
+        nbytes = _tensor(value).nbytes
+        step = ALIGNMENT if nbytes >= 2**20 else 64
+        offsets.append(-(-end // step) * step)
+        end = offsets[-1] + nbytes
     return offsets
-
-
-def _stream(value: ir.Value, file: IO[bytes]) -> None:
-    tensor = value.const_value
-    assert tensor is not None
-    write_exactly(file, tensor.nbytes, partial(_contents, tensor))
-
-
-def _contents(tensor: ir.TensorProtocol, file: IO[bytes]) -> None:
-    """Write a tensor's bytes; every class of onnx_ir can do so by itself, but the protocol does not ask for it."""
-    if hasattr(tensor, "tofile"):
-        tensor.tofile(file)
-    else:
-        file.write(tensor.tobytes())
 
 
 def _sync(file: IO[bytes]) -> None:

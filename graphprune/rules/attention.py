@@ -125,17 +125,31 @@ def rotary(op: Op) -> Description:
     return f"{text}, {slots} -> {text}"
 
 
-register("Attention", attention, attributes={"q_num_heads": "k r", "kv_num_heads": "k"}, rewrite=keep_scale)
-register("com.microsoft::Attention", fused_attention, attributes={"num_heads": "h"}, rewrite=rewrite_fused_attention)
+register(
+    "Attention",
+    attention,
+    attributes={"q_num_heads": "k r", "kv_num_heads": "k"},
+    rewrite=keep_scale,
+    macs="b k r s t d + b k r s t e",
+)
+register(
+    "com.microsoft::Attention",
+    fused_attention,
+    attributes={"num_heads": "h"},
+    rewrite=rewrite_fused_attention,
+    macs="b s i h d + b s i h d + b s i h e + b h s s d + b h s s e",
+)
 register(
     "com.microsoft::MultiHeadAttention",
     multi_head_attention,
     attributes={"num_heads": "h"},
     rewrite=keep_scale,
+    macs="b h s t d + b h s t e",
 )
 register(
     "com.microsoft::GroupQueryAttention",
     group_query_attention,
     attributes={"num_heads": "k r", "kv_num_heads": "k"},
+    macs="b k r s t d + b k r s t d",
 )
 register("RotaryEmbedding com.microsoft::RotaryEmbedding", rotary, attributes={"num_heads": "h"})

@@ -138,17 +138,25 @@ def fused_conv(op: Op) -> Description:
     return f"n (g c) S!*, (g k) c R!*, (g k), {residual} -> n (g k) T!*"
 
 
-_GROUP = {"attributes": {"group": "g"}, "defaults": {"group": 1}}
+_GROUP = {"group": "g"}
+_ONE = {"group": 1}
+_CONV = "n g c k R* T*"
 
-register("Conv", conv, **_GROUP)  # type: ignore[arg-type]
-register("ConvTranspose", "n (g c) S!*, (g c) k R!*, (g k) -> n (g k) T!*", **_GROUP)  # type: ignore[arg-type]
-register("DeformConv", deform_conv, **_GROUP)  # type: ignore[arg-type]
-register("ConvInteger", conv_integer, **_GROUP)  # type: ignore[arg-type]
-register("QLinearConv", qlinear_conv, **_GROUP)  # type: ignore[arg-type]
-register("com.microsoft::FusedConv", fused_conv, **_GROUP)  # type: ignore[arg-type]
-register("MatMul", matmul)
-register("MatMulInteger", matmul_integer)
-register("QLinearMatMul", qlinear_matmul)
-register("com.microsoft::FusedMatMul", fused_matmul)
-register("Gemm com.microsoft::FusedGemm", gemm)
-register("Einsum", einsum)
+register("Conv", conv, attributes=_GROUP, defaults=_ONE, macs=_CONV)
+register(
+    "ConvTranspose",
+    "n (g c) S!*, (g c) k R!*, (g k) -> n (g k) T!*",
+    attributes=_GROUP,
+    defaults=_ONE,
+    macs="n g c k R* S*",
+)
+register("DeformConv", deform_conv, attributes=_GROUP, defaults=_ONE, macs=_CONV)
+register("ConvInteger", conv_integer, attributes=_GROUP, defaults=_ONE, macs=_CONV)
+register("QLinearConv", qlinear_conv, attributes=_GROUP, defaults=_ONE, macs=_CONV)
+register("com.microsoft::FusedConv", fused_conv, attributes=_GROUP, defaults=_ONE, macs=_CONV)
+register("MatMul", matmul, macs="all")
+register("MatMulInteger", matmul_integer, macs="all")
+register("QLinearMatMul", qlinear_matmul, macs="all")
+register("com.microsoft::FusedMatMul", fused_matmul, macs="all")
+register("Gemm com.microsoft::FusedGemm", gemm, macs="all")
+register("Einsum", einsum, macs="all")

@@ -75,7 +75,8 @@ def embed_layer_norm(op: Op) -> str:
 
 
 register("BatchNormalization", batch_norm)
-register("InstanceNormalization", "n c S!*, c, c -> n c S!*")
+# Space is normalised over rather than blocked: GroupNorm is exported with the channels of a group folded into it.
+register("InstanceNormalization", "n c S~*, c, c -> n c S~*")
 register("LayerNormalization RMSNormalization SimplifiedLayerNormalization", layer_norm)
 register("com.microsoft::LayerNormalization com.microsoft::SimplifiedLayerNormalization", layer_norm)
 register(

@@ -32,6 +32,8 @@ def recurrent(cell_state: bool, peepholes: bool) -> Callable[[Op], str]:
 
 _HIDDEN = {"hidden_size": "h"}
 
-register("LSTM", recurrent(True, True), attributes=_HIDDEN, sizes={"q": 4, "p": 2, "u": 3})
-register("GRU", recurrent(False, False), attributes=_HIDDEN, sizes={"q": 3, "p": 2})
-register("RNN", recurrent(False, False), attributes=_HIDDEN, sizes={"q": 1, "p": 2})
+_MACS = "S b D q h i + S b D q h h"
+
+register("LSTM", recurrent(True, True), attributes=_HIDDEN, sizes={"q": 4, "p": 2, "u": 3}, macs=_MACS)
+register("GRU", recurrent(False, False), attributes=_HIDDEN, sizes={"q": 3, "p": 2}, macs=_MACS)
+register("RNN", recurrent(False, False), attributes=_HIDDEN, sizes={"q": 1, "p": 2}, macs=_MACS)

@@ -90,6 +90,7 @@ class Rule:
         sizes: Factor sizes that the op type fixes.
         rewrite: Adjusts literals and attributes that are no plain factor sizes.
         layout: The op only moves or converts elements; labels flow through it on constants too.
+        macs: Multiply-accumulates: products of factors, joined with ``+``; ``all`` is the product of all.
     """
 
     describe: str | Describe
@@ -98,6 +99,7 @@ class Rule:
     sizes: Mapping[str, int] = field(default_factory=dict)
     rewrite: Rewrite | None = None
     layout: bool = False
+    macs: str = ""
 
 
 _RULES: dict[tuple[str, str], Rule] = {}
@@ -117,6 +119,7 @@ def register(
     sizes: Mapping[str, int] | None = None,
     rewrite: Rewrite | None = None,
     layout: bool = False,
+    macs: str = "",
 ) -> None:
     """Give one or more op types a rule; a later one replaces an earlier.
 
@@ -129,6 +132,7 @@ def register(
         sizes: Factor sizes that the op type fixes.
         rewrite: Adjusts literals that depend on sizes (see :class:`Change`).
         layout: The op only moves or converts elements.
+        macs: What the op costs, as products of factors such as ``n g c k R* T*``; several are joined with ``+``.
 
     Raises:
         RuleError: The signature is malformed.
@@ -142,6 +146,7 @@ def register(
         sizes or {},
         rewrite,
         layout,
+        macs,
     )
     for kind in kinds.split():
         _RULES[_key(kind)] = rule

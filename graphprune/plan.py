@@ -1,0 +1,216 @@
+"""Plans: which labels of which group go, and what that leaves of every tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from graphprune.analysis import Analysis
+from graphprune.errors import PlanError
+from graphprune.graph import Tensor
+from graphprune.groups import Group
+from graphprune.kernels.box import Mask, broadcast_box, separable
+
+#: Version of the plan file's format.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What one group loses.
+
+    Attributes:
+        group: The group's name.
+        size: The group's number of labels, to notice a plan made for another model.
+        removed: Positions within the group's labels, ascending.
+    """
+
+    group: str
+    size: int
+    removed: tuple[int, ...]
+
+
+@dataclass
+class Plan:
+    """A value: which positions of which group go.
+
+    Attributes:
+        cuts: One entry for each group that loses something.
+        masks: By initializer name, what is kept: bool, broadcasting against the initializer's shape.
+        shapes: By initializer name, its shape before.
+    """
+
+    cuts: list[Cut]
+    masks: dict[str, Mask] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
+        """By initializer name and axis, the kept positions; only where the axes are cut independently."""
+        result: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
+        for name, mask in self.masks.items():
+            factors = separable(mask)
+            if factors is not None:
+                result[name] = {axis: np.flatnonzero(f) for axis, f in enumerate(factors) if not f.all()}
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold.
+
+        ``initializers`` serves training code: for each weight the kept positions of each axis, or, where the axes
+        are not cut independently, the flat positions of the kept elements and the shape that they take.
+        """
+        kept = self.kept
+        initializers: dict[str, Any] = {}
+        for name, mask in self.masks.items():
+            if name in kept:
+                initializers[name] = {"axes": {str(a): p.tolist() for a, p in kept[name].items()}}
+            else:
+                whole = np.broadcast_to(mask, self.shapes[name])
+                initializers[name] = {
+                    "elements": np.flatnonzero(whole.ravel()).tolist(),
+                    "shape": list(broadcast_box(mask, self.shapes[name]) or ()),
+                }
+        return {
+            "graphprune_plan": FORMAT,
+            "groups": [{"name": c.group, "size": c.size, "removed": list(c.removed)} for c in self.cuts],
+            "initializers": initializers,
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Plan:
+        """Read what :meth:`to_dict` gave; masks are worked out when the plan is applied to its model.
+
+        Raises:
+            PlanError: The data are no plan.
+        """
+        try:
+            if data["graphprune_plan"] != FORMAT:
+                raise PlanError(f"the plan has format {data['graphprune_plan']!r}; this version reads {FORMAT}")
+            cuts = [
+                Cut(str(entry["name"]), int(entry["size"]), tuple(sorted({int(i) for i in entry["removed"]})))
+                for entry in data["groups"]
+            ]
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"this is no plan of graphprune: {error!r}") from error
+        return Plan(cuts)
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: The file cannot be read or is no plan.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise PlanError(f"cannot read the plan {str(path)!r}: {error}") from error
+        if not isinstance(data, dict):
+            raise PlanError(f"{str(path)!r} is no plan of graphprune")
+        return Plan.from_dict(data)
+
+    def removed_labels(self, groups: Iterable[Group]) -> npt.NDArray[np.int32]:
+        """The labels that the plan removes, in the analysis that made ``groups``.
+
+        Raises:
+            PlanError: A group is missing, frozen, or of another size.
+        """
+        by_name = {group.name: group for group in groups}
+        parts = [np.zeros(0, dtype=np.int32)]
+        for cut in self.cuts:
+            group = by_name.get(cut.group)
+            if group is None:
+                raise PlanError(f"the plan cuts group {cut.group!r}, which the model does not have")
+            if group.size != cut.size:
+                raise PlanError(f"the plan cuts group {cut.group!r} of {cut.size}; in this model it has {group.size}")
+            if group.frozen:
+                raise PlanError(f"the plan cuts group {cut.group!r}, which is frozen: {group.frozen}")
+            if cut.removed and not 0 <= cut.removed[0] <= cut.removed[-1] < group.size:
+                raise PlanError(f"the plan removes positions outside group {cut.group!r} of {group.size}")
+            parts.append(group.labels[list(cut.removed)])
+        return np.concatenate(parts)
+
+
+class Masks:
+    """What a set of removed labels leaves of every tensor."""
+
+    def __init__(self, analysis: Analysis, removed: npt.NDArray[np.int32]) -> None:
+        self.analysis = analysis
+        self._gone = np.zeros(len(analysis.atoms), dtype=bool)
+        self._gone[removed] = True
+        self._masks: dict[Tensor, Mask | None] = {}
+        self._shapes: dict[Tensor, tuple[int, ...]] = {}
+
+    def mask(self, tensor: Tensor) -> Mask | None:
+        """What is kept of a tensor; None where all is."""
+        if tensor not in self._masks:
+            kept: Mask | None = None
+            for labels in self.analysis.labellings(tensor):
+                gone = self._gone[labels]
+                if gone.any():
+                    kept = ~gone if kept is None else kept & ~gone
+            self._masks[tensor] = kept
+        return self._masks[tensor]
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of a tensor after.
+
+        Raises:
+            PlanError: What is left is no box, or nothing is left.
+        """
+        if tensor.shape is None:
+            raise PlanError(f"the shape of {tensor.name!r} is not known")
+        if tensor not in self._shapes:
+            mask = self.mask(tensor)
+            shape = tensor.shape if mask is None else broadcast_box(mask, tensor.shape)
+            if shape is None:
+                raise PlanError(f"what is left of tensor {tensor.name!r} has rows of different lengths")
+            if mask is not None and not mask.any():
+                raise PlanError(f"nothing would be left of tensor {tensor.name!r}")
+            self._shapes[tensor] = shape
+        return self._shapes[tensor]
+
+    def changed(self) -> list[Tensor]:
+        """Tensors that lose something."""
+        return [tensor for tensor in self.analysis.colourings if self.mask(tensor) is not None]
+
+    def faults(self) -> list[tuple[Tensor, str]]:
+        """Tensors of which no box, or nothing, is left."""
+        found = []
+        for tensor in self.changed():
+            try:
+                self.shape(tensor)
+            except PlanError as error:
+                found.append((tensor, str(error)))
+        return found
+
+
+def make_plan(analysis: Analysis, groups: Sequence[Group], removed: npt.NDArray[np.int32]) -> tuple[Plan, Masks]:
+    """State a set of removed labels as a plan, with the masks of all initializers."""
+    gone = np.zeros(len(analysis.atoms), dtype=bool)
+    gone[removed] = True
+    cuts = [
+        Cut(group.name, group.size, tuple(np.flatnonzero(gone[group.labels]).tolist()))
+        for group in groups
+        if gone[group.labels].any()
+    ]
+    masks = Masks(analysis, removed)
+    plan = Plan(cuts)
+    for tensor in masks.changed():
+        mask = masks.mask(tensor)
+        if tensor.constant and tensor.producer is None and tensor.value is not None and mask is not None:
+            name = tensor.value.name or tensor.name
+            plan.masks[name] = mask
+            plan.shapes[name] = tensor.shape or ()
+    return plan, masks
