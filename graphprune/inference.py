@@ -16,7 +16,7 @@ from graphprune.graph import Op, Tensor
 #: Largest integer operand that is shown to shape inference (a Reshape target, axes, Slice starts).
 _MAX_OPERAND = 2**10
 #: Ops whose output shape depends on the contents of a floating-point operand.
-_READS_FLOATS = frozenset({"Resize", "Upsample", "Range", "MelWeightMatrix", "OneHot"})
+READS_FLOATS = frozenset({"Resize", "Upsample", "Range", "MelWeightMatrix", "OneHot"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Inference:
             return unknown
         types: dict[str, Type] = {}
         data: dict[str, Array] = {}
-        reads_floats = op.op_type in _READS_FLOATS
+        reads_floats = op.op_type in READS_FLOATS
         cacheable = True
         for slot, tensor in enumerate(op.inputs):
             if tensor is None:

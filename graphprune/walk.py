@@ -16,7 +16,7 @@ import onnx_ir as ir
 from graphprune.errors import ModelError
 from graphprune.evaluate import Array, Type, fits, is_random, schema_of
 from graphprune.graph import TWIN_DOMAIN, Op, Tensor
-from graphprune.inference import NOTHING, Found, Inference
+from graphprune.inference import NOTHING, READS_FLOATS, Found, Inference
 from graphprune.nodes import (
     captured,
     constant_array,
@@ -33,6 +33,7 @@ Hint: TypeAlias = tuple[ir.DataType | None, tuple[int, ...]]
 
 #: Constants up to this size, and vectors of any size, are not shared between their uses.
 _SMALL = 1024
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 
 
 @dataclass(slots=True)
@@ -347,7 +348,8 @@ class Walk:
         """Fills in what ONNX's inference left open: rules first, then what was seen or stored in the model."""
         from graphprune import rules
 
-        shapes = rules.output_shapes(op)
+        # A rule knows how sizes follow from sizes, not from contents.
+        shapes = None if _reads_contents(op) else rules.output_shapes(op)
         known_op = schema_of(op.op_type, op.version, op.domain) is not None
         first = next((tensor.dtype for tensor in op.inputs if tensor is not None), None)
         for k, tensor in enumerate(op.outputs):
@@ -358,7 +360,7 @@ class Walk:
             if tensor.shape is None and shapes is not None and k < len(shapes) and shapes[k] is not None:
                 tensor.shape = shapes[k]
             if tensor.shape is None and hint is not None:
-                self.guess(tensor, hint[1], found[k].open_axes)
+                self.guess(tensor, hint[1], _free_axes(op, found[k], len(hint[1])))
             if tensor.dtype is None and value is not None:
                 tensor.dtype = (hint[0] if hint is not None else None) or value.dtype
                 if value.type is not None and not isinstance(value.type, ir.TensorType):
@@ -456,6 +458,24 @@ class Walk:
             if found is not None:
                 arguments[name] = found
         return arguments
+
+
+def _reads_contents(op: Op) -> bool:
+    """True if an operand that is not known before the run may decide the shape of the result."""
+    if op.domain:
+        return False
+    kinds = (*_INTEGERS, ir.DataType.FLOAT) if op.op_type in READS_FLOATS else _INTEGERS
+    return any(
+        tensor is not None and tensor.data is None and tensor.dtype in kinds and len(tensor.shape or ()) < 2
+        for tensor in op.inputs[1:]
+    )
+
+
+def _free_axes(op: Op, found: Found, rank: int) -> Sequence[int]:
+    """The axes of an output whose sizes depend on the contents of an operand."""
+    if found.rank is not None:
+        return found.open_axes
+    return range(rank) if _reads_contents(op) else ()
 
 
 def _size(shape: tuple[int, ...] | None) -> int:
