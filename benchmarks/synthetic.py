@@ -16,7 +16,7 @@ def _info(name: str, shape: list[int | str]) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
 
 
-def residual_chain(nodes: int, channels: int = 16, stage: int = 20) -> onnx.ModelProto:
+def residual_chain(nodes: int, channels: int = 8, stage: int = 20) -> onnx.ModelProto:
     """A ResNet of about `nodes` nodes: blocks of Conv, Relu, Conv, Add, Relu; every `stage` blocks a new 1x1 Conv.
 
     Input (1, 3, 4, 4), output (1, 10).
