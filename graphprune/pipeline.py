@@ -14,12 +14,13 @@ import numpy as np
 from graphprune.analysis import Analysis
 from graphprune.choose import Request, choose
 from graphprune.cost import macs, parameters
-from graphprune.errors import NothingToPruneError
+from graphprune.errors import ModelError, NothingToPruneError
+from graphprune.graph import Op
 from graphprune.groups import Group, find_groups
 from graphprune.model import as_ir, copy, file_size
 from graphprune.plan import Masks, Plan, make_plan
 from graphprune.report import Report
-from graphprune.rewrite import Rewriter, collect, functions_to_inline
+from graphprune.rewrite import Edits, Rewriter, collect, functions_to_inline
 from graphprune.scores import find_score
 from graphprune.twin import build_twin
 
@@ -90,7 +91,8 @@ class Pruned:
         network: The analysis, on which masks are defined.
         masks: What is left of every tensor.
         report: Everything known so far.
-        node_of: The original's node for each node of the analysed model.
+        node_of: The original's node for each op of the twin.
+        edits: What rewriting did to each node of ``model``.
     """
 
     original: ir.Model
@@ -98,6 +100,8 @@ class Pruned:
     network: Network
     masks: Masks
     report: Report
+    node_of: dict[Op, ir.Node]
+    edits: dict[ir.Node, Edits]
 
 
 def prune_ir(
@@ -150,12 +154,29 @@ def prune_ir(
         seconds=seconds,
         notes=[f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
     )
-    reference = copy(work)
+    reference, node_of = _reference(network, input_shapes)
     with _timed(seconds, "rewriting", None):
         Rewriter(network.analysis, masks).run(edits)
     report.parameters_after = parameters(work)
     report.bytes_after = file_size(work)
-    return Pruned(reference, work, network, masks, report)
+    by_node = {node: edit for (_, node), edit in edits.items()}
+    return Pruned(reference, work, network, masks, report, node_of, by_node)
+
+
+def _reference(
+    network: Network, input_shapes: Mapping[str, Sequence[int]] | None
+) -> tuple[ir.Model, dict[Op, ir.Node]]:
+    """A copy of the analysed model, all functions inlined, and its node for each op of the twin."""
+    reference = copy(network.model)
+    ops = network.analysis.graph.ops
+    if reference.functions:
+        reference = _inline(reference, {function.identifier() for function in reference.functions.values()})
+        inlined = build_twin(reference, input_shapes).ops
+        if [op.kind for op in inlined] != [op.kind for op in ops]:
+            raise ModelError("the model's functions cannot be inlined one by one, so that nothing could be verified")
+        return reference, {op: other.node for op, other in zip(ops, inlined, strict=True) if other.node is not None}
+    mapping = dict(zip(network.model.graph.all_nodes(), reference.graph.all_nodes(), strict=True))
+    return reference, {op: mapping[op.node] for op in ops if op.node is not None}
 
 
 def _inline(model: ir.Model, functions: set[tuple[str, str, str]]) -> ir.Model:

@@ -16,6 +16,7 @@ from graphprune.errors import PlanError
 from graphprune.graph import Tensor
 from graphprune.groups import Group
 from graphprune.kernels.box import Mask, broadcast_box, separable
+from graphprune.labels import Labels
 
 #: Version of the plan file's format.
 FORMAT = 1
@@ -151,6 +152,10 @@ class Masks:
         self._gone[removed] = True
         self._masks: dict[Tensor, Mask | None] = {}
         self._shapes: dict[Tensor, tuple[int, ...]] = {}
+
+    def kept(self, labels: Labels) -> Mask:
+        """Which elements one labelling keeps; broadcasts as the labelling does."""
+        return ~self._gone[labels]
 
     def mask(self, tensor: Tensor) -> Mask | None:
         """What is kept of a tensor; None where all is."""

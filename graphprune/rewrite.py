@@ -25,6 +25,7 @@ from graphprune.kernels.box import Mask, broadcast_box, compact
 from graphprune.plan import Masks
 from graphprune.rules.registry import Refusal, find_rule, tensor_at
 from graphprune.signature import View
+from graphprune.splice import Splicer, base_name
 
 Array = npt.NDArray[Any]
 
@@ -197,12 +198,7 @@ class Rewriter:
         self._analysis = analysis
         self._masks = masks
         self._model = analysis.graph.model
-        self._names = {
-            value.name
-            for graph in self._model.graphs()
-            for value in (*graph.inputs, *graph.initializers.values(), *(o for n in graph for o in n.outputs))
-            if value.name
-        }
+        self._splice = Splicer(self._model)
         self._loose: list[ir.Value] = []
 
     def run(self, edits: dict[tuple[tuple[ir.Node, ...], ir.Node], Edits]) -> None:
@@ -212,24 +208,6 @@ class Rewriter:
         for (_, node), edit in edits.items():
             self._edit(node, edit)
         self._remove_loose()
-
-    def _fresh(self, base: str) -> str:
-        name, number = base, 0
-        while name in self._names:
-            number += 1
-            name = f"{base}_{number}"
-        self._names.add(name)
-        return name
-
-    def _constant(self, node: ir.Node, base: str, array: Array) -> ir.Value:
-        graph = node.graph
-        if not isinstance(graph, ir.Graph):
-            raise PlanError(f"node {node.name!r} lies in a function that was not inlined")
-        name = self._fresh(base)
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        graph.register_initializer(value)
-        return value
 
     # -- constants ----------------------------------------------------------------------------------------------
 
@@ -265,7 +243,7 @@ class Rewriter:
                     if op.node is None:
                         continue
                     if clone is None:
-                        clone = self._constant(op.node, value.name or "weight", data)
+                        clone = self._splice.constant(op.node, value.name or "weight", data)
                     self._replace_use(op.node, slot, value, clone)
 
     def _replace_contents(self, value: ir.Value, data: Array) -> None:
@@ -283,7 +261,7 @@ class Rewriter:
             return
         if node is None:
             raise PlanError(f"{value.name!r} holds no contents that could be rewritten")
-        replacement = self._constant(node, f"{value.name}_pruned", data)
+        replacement = self._splice.constant(node, f"{value.name}_pruned", data)
         for user, index in list(value.uses()):
             user.replace_input_with(index, replacement)
         self._loose.append(value)
@@ -307,20 +285,16 @@ class Rewriter:
         for name in edit.dropped:
             node.attributes.pop(name, None)
         for slot, array in edit.constants.items():
-            self._set_input(node, slot, self._constant(node, f"{self._base(node)}_{slot}", array))
+            self._set_input(node, slot, self._splice.constant(node, f"{base_name(node)}_{slot}", array))
         for slot, (new, old) in edit.scaled.items():
             self._set_input(node, slot, self._scaled(node, node.inputs[slot], new, old))
         for slot, (axis, index) in edit.gathered.items():
             source = node.inputs[slot]
-            taken = self._constant(node, f"{self._base(node)}_index", index)
-            gathered = self._insert(node, "Gather", [source, taken], {"axis": axis}, source)
+            taken = self._splice.constant(node, f"{base_name(node)}_index", index)
+            gathered = self._splice.insert(node, "Gather", [source, taken], {"axis": axis}, like=source)
             self._set_input(node, slot, gathered)
         for slot, (new, old, contents) in edit.restored.items():
             self._restore(node, node.outputs[slot], new, old, contents)
-
-    @staticmethod
-    def _base(node: ir.Node) -> str:
-        return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
 
     def _set_input(self, node: ir.Node, slot: int, value: ir.Value) -> None:
         if slot >= len(node.inputs):
@@ -330,41 +304,17 @@ class Rewriter:
         if old is not None:
             self._loose.append(old)
 
-    def _insert(
-        self,
-        node: ir.Node,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        attributes: dict[str, Any] | None = None,
-        like: ir.Value | None = None,
-        *,
-        after: bool = False,
-    ) -> ir.Value:
-        graph = node.graph
-        if not isinstance(graph, ir.Graph):
-            raise PlanError(f"node {node.name!r} lies in a function that was not inlined")
-        name = self._fresh(f"{self._base(node)}_{op_type.lower()}")
-        made = ir.node(op_type, inputs, attributes or {}, name=name)
-        made.outputs[0].name = self._fresh(f"{name}_output")
-        if like is not None and like.type is not None:
-            made.outputs[0].type = like.type
-        if after:
-            graph.insert_after(node, made)
-        else:
-            graph.insert_before(node, made)
-        return made.outputs[0]
-
     def _scaled(self, node: ir.Node, value: ir.Value | None, new: Sequence[int], old: Sequence[int]) -> ir.Value:
         """Positive entries times new / old; 0 and -1 have meanings of their own."""
-        base = f"{self._base(node)}_scale"
-        times = self._constant(node, base, np.asarray(new, dtype=np.int64))
-        parts = self._constant(node, base, np.asarray(old, dtype=np.int64))
-        zero = self._constant(node, base, np.zeros(1, dtype=np.int64))
-        multiplied = self._insert(node, "Mul", [value, times], like=value)
-        divided = self._insert(node, "Div", [multiplied, parts], like=value)
-        positive = self._insert(node, "Greater", [value, zero])
+        base = f"{base_name(node)}_scale"
+        times = self._splice.integers(node, base, new)
+        parts = self._splice.integers(node, base, old)
+        zero = self._splice.integers(node, base, 0)
+        multiplied = self._splice.insert(node, "Mul", [value, times], like=value)
+        divided = self._splice.insert(node, "Div", [multiplied, parts], like=value)
+        positive = self._splice.insert(node, "Greater", [value, zero])
         positive.type = ir.TensorType(ir.DataType.BOOL)
-        return self._insert(node, "Where", [positive, divided, value], like=value)
+        return self._splice.insert(node, "Where", [positive, divided, value], like=value)
 
     def _restore(
         self, node: ir.Node, value: ir.Value, new: Sequence[int], old: Sequence[int], contents: Array | None
@@ -374,17 +324,17 @@ class Rewriter:
         is_output = value.is_graph_output()
         if contents is not None and not is_output:
             if readers:
-                constant = self._constant(node, f"{value.name}_original", np.asarray(contents, dtype=np.int64))
+                constant = self._splice.constant(node, f"{value.name}_original", np.asarray(contents, dtype=np.int64))
                 for reader, index in readers:
                     reader.replace_input_with(index, constant)
             self._loose.append(value)
             return
-        base = f"{self._base(node)}_original"
+        base = f"{base_name(node)}_original"
         scalar = node.op_type == "Size"
-        times = self._constant(node, base, np.asarray(old[0] if scalar else old, dtype=np.int64))
-        parts = self._constant(node, base, np.asarray(new[0] if scalar else new, dtype=np.int64))
-        divided = self._insert(node, "Div", [None, parts], like=value, after=True)
-        multiplied = self._insert(node, "Mul", [value, times], like=value, after=True)
+        times = self._splice.integers(node, base, old[0] if scalar else old)
+        parts = self._splice.integers(node, base, new[0] if scalar else new)
+        divided = self._splice.insert(node, "Div", [None, parts], like=value, after=True)
+        multiplied = self._splice.insert(node, "Mul", [value, times], like=value, after=True)
         producer = divided.producer()
         assert producer is not None
         producer.replace_input_with(0, multiplied)
@@ -396,7 +346,7 @@ class Rewriter:
             for position, output in enumerate(graph.outputs):
                 if output is value:
                     graph.outputs[position] = divided
-            name, value.name = value.name, self._fresh(f"{value.name}_new")
+            name, value.name = value.name, self._splice.fresh(f"{value.name}_new")
             divided.name = name
             divided.shape = value.shape
 

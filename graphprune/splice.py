@@ -1,0 +1,88 @@
+"""Splicing nodes and constants into a model, under names that are not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphprune.errors import PlanError
+
+
+def base_name(node: ir.Node) -> str:
+    """What names spliced in around a node begin with."""
+    return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
+
+
+class Splicer:
+    """Adds nodes and initializers to the graphs of one model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._names = {
+            name
+            for graph in model.graphs()
+            for name in (
+                *(v.name for v in (*graph.inputs, *graph.initializers.values())),
+                *(n.name for n in graph),
+                *(o.name for n in graph for o in n.outputs),
+            )
+            if name
+        }
+
+    def fresh(self, base: str) -> str:
+        """``base``, or ``base`` with a number behind it where that is taken."""
+        name, number = base, 0
+        while name in self._names:
+            number += 1
+            name = f"{base}_{number}"
+        self._names.add(name)
+        return name
+
+    @staticmethod
+    def graph_of(node: ir.Node) -> ir.Graph:
+        """The graph that a node lies in.
+
+        Raises:
+            PlanError: It lies in a model-local function, which holds no initializers.
+        """
+        if not isinstance(node.graph, ir.Graph):
+            raise PlanError(f"node {node.name!r} lies in a function that was not inlined")
+        return node.graph
+
+    def constant(self, node: ir.Node, base: str, array: npt.NDArray[Any]) -> ir.Value:
+        """A new initializer of the graph that ``node`` lies in."""
+        name = self.fresh(base)
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        self.graph_of(node).register_initializer(value)
+        return value
+
+    def integers(self, node: ir.Node, base: str, values: Sequence[int] | int) -> ir.Value:
+        """A new int64 initializer."""
+        return self.constant(node, base, np.asarray(values, dtype=np.int64))
+
+    def insert(
+        self,
+        node: ir.Node,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        like: ir.Value | None = None,
+        after: bool = False,
+    ) -> ir.Value:
+        """A new node before (or after) ``node``; returns its output, typed like ``like``."""
+        name = self.fresh(f"{base_name(node)}_{op_type.lower()}")
+        made = ir.node(op_type, inputs, dict(attributes or {}), name=name)
+        made.outputs[0].name = self.fresh(f"{name}_output")
+        if like is not None and like.type is not None:
+            made.outputs[0].type = like.type
+        graph = self.graph_of(node)
+        if after:
+            graph.insert_after(node, made)
+        else:
+            graph.insert_before(node, made)
+        return made.outputs[0]
