@@ -82,9 +82,12 @@ POLICIES = (
 
 def is_dynamic(model: ir.Model) -> bool:
     """True if an input of the main graph has a dimension, or a rank, that is not a number."""
-    return any(
-        value.shape is None or not value.shape.is_static() for value in real_inputs(model) if is_tensor(value)
-    )
+    return any(not is_static(value.shape) for value in real_inputs(model) if is_tensor(value))
+
+
+def is_static(shape: ir.Shape | None) -> bool:
+    """True if every dimension is a number; some exporters write -1 for one that is not."""
+    return shape is not None and all(isinstance(dim, int) and dim >= 0 for dim in shape)
 
 
 def real_inputs(model: ir.Model) -> Iterator[ir.Value]:
@@ -168,7 +171,7 @@ def input_sizes(
             continue
         sizes: list[int] = []
         for axis, dim in enumerate(value.shape):
-            if isinstance(dim, int) and dim >= 0:
+            if isinstance(dim, int) and (dim > 0 or (dim == 0 and mine is None)):
                 sizes.append(dim)
                 continue
             name = None if isinstance(dim, int) else dim.value

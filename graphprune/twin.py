@@ -115,7 +115,7 @@ class _Builder:
 
     def first_walk(self) -> tuple[Walk, sizes.Policy]:
         """A walk at sizes at which the model is consistent."""
-        first: tuple[str, str] | None = None
+        failed: list[tuple[Walk, sizes.Policy]] = []
         dynamic = sizes.is_dynamic(self.model)
         tried: set[tuple[tuple[str, tuple[int, ...] | None], ...]] = set()
         for policy in sizes.POLICIES:
@@ -127,17 +127,30 @@ class _Builder:
             problem = walk.errors[0] if walk.errors else _emptied(walk) if dynamic else None
             if problem is None or not dynamic:
                 return self.complete(walk, shapes, bound), policy
-            first = first or problem
-        assert first is not None
+            failed.append((walk, policy))
+        # Perhaps it is ONNX's inference that is wrong: then the model runs all the same.
+        for walk, policy in failed[:3]:
+            if self._runs(walk):
+                return self.complete(walk, walk.sizes, {}), policy
+        name, reason = next(iter(failed[0][0].errors), None) or _emptied(failed[0][0]) or ("", "")
         raise ModelError(
-            f"no sizes of the dynamic dimensions fit node {first[0]!r} ({first[1]}): "
+            f"no sizes of the dynamic dimensions fit node {name!r} ({reason}): "
             "give them with --input-shape NAME:dims"
         )
+
+    def _runs(self, walk: Walk) -> bool:
+        from graphprune import measure
+
+        try:
+            measure.measure(self.model, list(self.model.graph.outputs)[:1], walk.sizes)
+        except ModelError:
+            return False
+        return True
 
     def compare(self, walk: Walk, policy: sizes.Policy) -> Walk:
         """Marks what differs at other sizes; an If whose condition differs is walked both ways."""
         while True:
-            other = self._second_walk(policy)
+            other = self._second_walk(policy, {name for name, _ in walk.errors})
             if other is None:
                 _taint(walk)
                 return walk
@@ -160,7 +173,8 @@ class _Builder:
             tensor.dynamic = True
         return walk
 
-    def _second_walk(self, policy: sizes.Policy) -> Walk | None:
+    def _second_walk(self, policy: sizes.Policy, expected: set[str]) -> Walk | None:
+        """A walk at larger sizes; None if it has errors at other nodes than those in ``expected``."""
         for doubled in (False, True):
             enlarge = _enlarge(doubled)
             symbols = {name: enlarge("sequence", size) for name, size in self.symbols.items()}
@@ -168,7 +182,7 @@ class _Builder:
                 self.model, policy.larger(doubled), self.given, symbols, enlarge
             )
             walk = self.walk(shapes, stretch=1)
-            if not walk.errors and _emptied(walk) is None:
+            if {name for name, _ in walk.errors} <= expected and _emptied(walk) is None:
                 return self.complete(walk, shapes, bound, stretch=1)
         return None
 
@@ -224,7 +238,7 @@ def _taint(walk: Walk) -> None:
     """Without a second walk: whatever comes from a tensor with a dynamic dimension counts as dynamic."""
     for tensor in walk.inputs:
         shape = tensor.value.shape if tensor.value is not None else None
-        tensor.dynamic = shape is None or not shape.is_static()
+        tensor.dynamic = not sizes.is_static(shape)
     for tensor in walk.guessed:
         tensor.dynamic = True
     changed = True

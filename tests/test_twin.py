@@ -596,6 +596,29 @@ def test_sizes_that_cannot_be_found() -> None:
     assert graph.outputs[0].dynamic
 
 
+def test_errors_of_inference_alone_do_not_refuse_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from graphprune.inference import Inference
+
+    real = Inference.types
+
+    def wrong(self: Inference, op: Op, other: Any) -> Any:
+        if op.op_type == "Relu":
+            raise ValueError("a bug in shape inference")
+        return real(self, op, other)
+
+    monkeypatch.setattr(Inference, "types", wrong)
+    graph = build_twin(
+        parse(
+            "g (float[n,3] x) => (float[n,4] y) { a = Relu(x)\n y = MatMul(a, w) }",
+            w=np.ones((3, 4), np.float32),
+        )
+    )
+    assert graph.inputs[0].shape == (2, 3)
+    assert ("Relu_0", "shape inference: a bug in shape inference") in [
+        (name if name != graph.ops[0].name else "Relu_0", reason) for name, reason in graph.notes
+    ]
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
