@@ -1,0 +1,495 @@
+"""The command line: arguments in, exit codes out.
+
+    graphprune model.onnx --channels 0.3        prune, verify, write model.pruned.onnx
+    graphprune inspect model.onnx               list the coupling groups
+    graphprune inspect model.onnx --why A B     the chain of operations that ties two tensors
+
+Everything heavy is imported by the verbs themselves, so that ``--help`` and a mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from graphprune.errors import GraphPruneError, OptionError, PlanError, VerificationError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from graphprune.choose import Request
+    from graphprune.display import Steps
+    from graphprune.pipeline import Pruned
+
+#: Exit codes. An interrupted command ends with 128 + the signal's number, as shells have it.
+OK, FAILED, BAD_INPUT, BUG = 0, 1, 2, 70
+
+_DESCRIPTION = """\
+Remove channels, filters, heads and hidden units from an ONNX model, together with everything that is coupled
+to them; check that the result equals the original with the removed positions masked; write it.
+"""
+
+_EPILOG = """\
+examples:
+  graphprune model.onnx --channels 0.3                    writes model.pruned.onnx
+  graphprune model.onnx --channels 0.5 --exclude 'head*' -o small.onnx
+  graphprune model.onnx --channels-for 'layer4*=0.6' --round-to 16 --plan-out plan.json
+  graphprune model.onnx --plan plan.json                  carry out a plan made before
+  graphprune inspect model.onnx                           the coupling groups, and why some are frozen
+  graphprune inspect model.onnx --why conv1.weight conv2.weight
+
+exit codes: 0 done; 1 the result failed its verification, nothing was written; 2 bad input, nothing was written
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"graphprune: error: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What stands behind the program's name; ``sys.argv[1:]`` by default.
+
+    Returns:
+        The exit code: 0, 1 (verification failed), 2 (bad input), 130 (interrupted).
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        options = _parse(given)
+        with _terminable(), _plain_warnings(options.quiet):
+            code = _inspect(options) if options.verb == "inspect" else _prune(options)
+            sys.stdout.flush()
+            return code
+    except GraphPruneError as error:
+        return _fail(str(error), FAILED if isinstance(error, VerificationError) else BAD_INPUT)
+    except BrokenPipeError:
+        # Whoever read us has seen enough. The interpreter would complain once more when it closes stdout.
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was written", 128 + signal.SIGINT)
+    except _Terminated:
+        return _fail("terminated; nothing was written", 128 + signal.SIGTERM)
+    except MemoryError:
+        return _fail("out of memory; nothing was written", BAD_INPUT)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return _fail(f"internal error, please report it with the lines above: {error!r}", BUG)
+
+
+def _fail(message: str, code: int) -> int:
+    with suppress(OSError):
+        print(f"graphprune: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+# -- arguments --------------------------------------------------------------------------------------------------
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """Pick the verb, which is ``prune`` unless the first argument names another."""
+    verb = given[0] if given and given[0] in ("inspect", "prune") else None
+    parser = _inspect_parser() if verb == "inspect" else _prune_parser()
+    options = parser.parse_args(given[1:] if verb else given)
+    options.verb = verb or "prune"
+    return options
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    from graphprune import __version__
+
+    parser.add_argument("model", metavar="MODEL", help="an ONNX file; never changed")
+    parser.add_argument(
+        "--input-shape",
+        action="append",
+        type=_input_shape,
+        default=[],
+        metavar="NAME:1,3,224,224",
+        help="sizes for an input with dynamic dimensions; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "-v", "--verbose", action="count", default=0, help="print groups (-vv: with their members)"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no table, no warnings")
+    parser.add_argument("--version", action="version", version=f"graphprune {__version__}")
+
+
+def _prune_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="graphprune",
+        usage="graphprune MODEL --channels RATIO [options]\n       graphprune inspect MODEL [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _common(parser)
+    what = parser.add_argument_group("what goes")
+    what.add_argument(
+        "--channels",
+        type=float,
+        metavar="RATIO",
+        help="fraction to remove of every free group, 0 <= RATIO < 1",
+    )
+    what.add_argument(
+        "--channels-for",
+        action="append",
+        type=_channels_for,
+        default=[],
+        metavar="GLOB=RATIO",
+        help="fraction for groups that touch a matching node or tensor; may be repeated",
+    )
+    what.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="cut only groups that touch a matching node or tensor; may be repeated",
+    )
+    what.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="leave alone groups that touch a matching node or tensor; may be repeated",
+    )
+    what.add_argument(
+        "--residual",
+        action="store_true",
+        help="also cut groups whose removal changes a statistic, such as the stream through LayerNorm",
+    )
+    what.add_argument(
+        "--round-to",
+        type=int,
+        metavar="N",
+        help="what stays of a group is a multiple of N (default: 8 for groups of 32 and more; 1: any number)",
+    )
+    what.add_argument(
+        "--score", default="l2", metavar="NAME", help="l2 (default), l1 or random: the least go first"
+    )
+    what.add_argument("--plan", type=Path, metavar="FILE", help="carry out this plan instead of choosing")
+    out = parser.add_argument_group("what is written")
+    out.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: MODEL.pruned.onnx beside MODEL"
+    )
+    out.add_argument("--plan-out", type=Path, metavar="FILE", help="also write the plan, as JSON")
+    check = parser.add_argument_group("verification")
+    check.add_argument(
+        "--calib",
+        type=Path,
+        metavar="FILE",
+        help="verify on these inputs: an .npz with an array for each input",
+    )
+    check.add_argument("--no-verify", action="store_true", help="do not compare with the masked original")
+    check.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="for random inputs and scores (default: 0)"
+    )
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="graphprune inspect",
+        description="List the coupling groups of a model: what can only go together, and what cannot go at all.",
+        allow_abbrev=False,
+    )
+    _common(parser)
+    parser.add_argument(
+        "--why",
+        nargs=2,
+        metavar=("A", "B"),
+        help="print the chain of operations that ties two tensors, each NAME or NAME[AXIS]",
+    )
+    return parser
+
+
+def _input_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    name, colon, sizes = text.rpartition(":")  # names may hold colons
+    try:
+        shape = tuple(int(size) for size in sizes.replace("x", ",").split(",")) if sizes.strip() else ()
+    except ValueError:
+        shape, colon = (), ""
+    if not colon or not name or any(size < 0 for size in shape):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME:1,3,224,224")
+    return name, shape
+
+
+def _channels_for(text: str) -> tuple[str, float]:
+    pattern, _, ratio = text.rpartition("=")
+    try:
+        if pattern:
+            return pattern, float(ratio)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not of the form GLOB=RATIO, such as 'layer4*=0.5'")
+
+
+def _input_shapes(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in options.input_shape:
+        if name in shapes:
+            raise OptionError(f"--input-shape gives {name!r} twice")
+        shapes[name] = shape
+    return shapes
+
+
+def _output_path(options: argparse.Namespace) -> Path:
+    """Where the result goes; complains now rather than after the work."""
+    source = Path(options.model)
+    target: Path = options.output or source.with_name(f"{source.stem}.pruned.onnx")
+    for path, what in ((target, "output"), (options.plan_out, "plan")):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise OptionError(f"the {what} {str(path)!r} is a folder; give the name of the file to write")
+        if not path.parent.is_dir():
+            raise OptionError(
+                f"the folder {str(path.parent)!r} for the {what} does not exist; create it first"
+            )
+        if _same_file(path, source):
+            raise OptionError(
+                f"the {what} {str(path)!r} is the input itself, which is never changed; give another name"
+            )
+    if options.plan_out is not None and _same_file(options.plan_out, target):
+        raise OptionError(f"the model and the plan would both be written to {str(target)!r}")
+    return target
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.resolve() == b.resolve() or (a.exists() and b.exists() and a.samefile(b))
+    except OSError:
+        return False
+
+
+def _request(options: argparse.Namespace) -> Request:
+    from graphprune.choose import Request
+
+    ratios = dict(options.channels_for)
+    if options.plan is not None:
+        if options.channels is not None or ratios or options.include or options.exclude:
+            raise OptionError(
+                "--plan says what goes; leave out --channels, --channels-for, --include and --exclude"
+            )
+        return Request()
+    if options.channels is None and not ratios:
+        raise OptionError(
+            "say what to remove: --channels RATIO (such as 0.3), --channels-for GLOB=RATIO, or --plan FILE"
+        )
+    return Request(
+        options.channels or 0.0, options.round_to, options.residual, options.include, options.exclude, ratios
+    )
+
+
+def _calibration(path: Path | None) -> Mapping[str, np.ndarray[Any, Any]] | None:
+    """The arrays of an .npz file."""
+    if path is None:
+        return None
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if not isinstance(arrays, np.lib.npyio.NpzFile):
+                raise OptionError(
+                    f"--calib {str(path)!r} holds one bare array; save with numpy.savez(file, INPUT=array)"
+                )
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise OptionError(
+            f"--calib {str(path)!r} cannot be read: {error}; save it with numpy.savez"
+        ) from error
+
+
+# -- verbs ------------------------------------------------------------------------------------------------------
+
+
+def _prune(options: argparse.Namespace) -> int:
+    target = _output_path(options)
+    request = _request(options)
+    shapes = _input_shapes(options)
+    start = perf_counter()
+    from graphprune.display import Steps
+
+    with Steps(quiet=options.quiet) as steps:
+        steps("imports")
+        from graphprune.model import as_ir, staged
+        from graphprune.pipeline import prune_ir
+        from graphprune.plan import Plan
+
+        plan = Plan.load(options.plan) if options.plan is not None else None
+        calibration = _calibration(options.calib)
+        steps("loading")
+        source, _ = as_ir(options.model)
+        pruned = prune_ir(
+            source,
+            request,
+            score=options.score,
+            plan=plan,
+            input_shapes=shapes,
+            seed=options.seed,
+            progress=steps,
+        )
+        steps("writing")
+        with staged(pruned.model, target, sources=[options.model]) as file:
+            pruned.report.bytes_after = file.size
+            if not options.no_verify:
+                _verify(pruned, calibration, options.seed, file.path, steps)
+            with _beside(options.plan_out, pruned) as commit_plan:
+                file.commit()
+                commit_plan()
+    pruned.report.seconds = {**steps.seconds, "total": perf_counter() - start}
+    _print_report(options, pruned, target)
+    return OK
+
+
+def _verify(
+    pruned: Pruned,
+    calibration: Mapping[str, np.ndarray[Any, Any]] | None,
+    seed: int,
+    path: Path,
+    steps: Steps,
+) -> None:
+    steps("verification")
+    from graphprune.verify import verify
+
+    verify(pruned, calibration=calibration, seed=seed, path=path)
+    steps("writing")
+
+
+@contextmanager
+def _beside(path: Path | None, pruned: Pruned) -> Iterator[Callable[[], None]]:
+    """Write the plan under a temporary name; the function that is yielded puts it in place."""
+    if path is None:
+        yield lambda: None
+        return
+    import tempfile
+
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        pruned.report.plan.save(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp's files are for the owner alone
+        yield lambda: os.replace(temporary, path)
+    except OSError as error:
+        raise PlanError(f"the plan {str(path)!r} cannot be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _print_report(options: argparse.Namespace, pruned: Pruned, target: Path) -> None:
+    from graphprune import display
+
+    report = pruned.report
+    if options.json:
+        from graphprune import __version__
+
+        display.print_json(
+            {
+                "graphprune": __version__,
+                "input": str(options.model),
+                "output": str(target),
+                "plan": None if options.plan_out is None else str(options.plan_out),
+                "verified": not options.no_verify,
+                **report.to_dict(),
+            }
+        )
+    elif not options.quiet:
+        display.print_report(report, options.model, str(target), verified=not options.no_verify)
+        if options.verbose:
+            display.print_groups(report.groups, report.plan, members=options.verbose > 1)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    shapes = _input_shapes(options)
+    from graphprune import display
+
+    with display.Steps(quiet=options.quiet) as steps:
+        steps("imports")
+        from graphprune.model import as_ir
+        from graphprune.pipeline import analyze_ir
+
+        steps("loading")
+        model, _ = as_ir(options.model)
+        steps("analysis")
+        network = analyze_ir(model, shapes)
+        if options.why:
+            from graphprune.coupling import why
+
+            answer = why(network, *options.why)
+    if options.why:
+        if options.json:
+            display.print_json(answer.to_dict())
+        else:
+            display.print_text(str(answer))
+    elif options.json:
+        display.print_json(display.network_to_dict(network, options.model))
+    else:
+        display.print_groups(network.groups, None, members=options.verbose > 0)
+        display.print_notes(network)
+    return OK
+
+
+# -- signals and warnings ---------------------------------------------------------------------------------------
+
+
+class _Terminated(BaseException):
+    """SIGTERM; not an Exception, so that nothing on the way takes it for an error."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that temporary files are removed."""
+
+    def terminate(signum: int, frame: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _plain_warnings(quiet: bool) -> Iterator[None]:
+    """Warnings as one line each, without the place in the code that raised them."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        with suppress(OSError):
+            print(f"graphprune: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        if quiet:
+            warnings.simplefilter("ignore")
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,262 @@
+"""What the command line prints: one glance on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Sequence
+from time import perf_counter
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from graphprune.report import Report, group_to_dict
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from graphprune.groups import Group
+    from graphprune.pipeline import Network
+    from graphprune.plan import Plan
+
+#: Where stderr is no terminal, steps are named after this many seconds.
+PATIENCE = 2.0
+#: Width of tables where stdout is no terminal.
+WIDE = 160
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """Leave it to the command line, which knows the exit code (rich would end the process with 1)."""
+        raise BrokenPipeError
+
+
+def _console() -> Console:
+    console = _Console(highlight=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
+
+
+class Steps:
+    """Times the steps of a run and shows the current one on stderr.
+
+    On a terminal it is a spinner; elsewhere one line a step, once :data:`PATIENCE` seconds have gone by.
+
+    Attributes:
+        seconds: Wall time by step.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.seconds: dict[str, float] = {}
+        self._quiet = quiet
+        self._step: str | None = None
+        self._since = perf_counter()
+        self._status: Status | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._late = False
+
+    def __enter__(self) -> Steps:
+        if self._quiet:
+            return self
+        if sys.stderr.isatty():
+            self._status = Console(stderr=True).status("")
+            self._status.start()
+        else:
+            self._timer = threading.Timer(PATIENCE, self._speak_up)
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __call__(self, step: str) -> None:
+        """Enter a step."""
+        self._stop_clock()
+        with self._lock:
+            self._step = step
+            if self._status is not None:
+                self._status.update(f"{step} ...")
+            elif self._late:
+                self._say(step)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_clock()
+        if self._timer is not None:
+            self._timer.cancel()
+        with self._lock:
+            self._step, self._late = None, False
+        if self._status is not None:
+            self._status.stop()
+
+    def _stop_clock(self) -> None:
+        now = perf_counter()
+        if self._step is not None:
+            self.seconds[self._step] = self.seconds.get(self._step, 0.0) + now - self._since
+        self._since = now
+
+    def _speak_up(self) -> None:
+        with self._lock:
+            self._late = True
+            if self._step is not None:
+                self._say(self._step)
+
+    @staticmethod
+    def _say(step: str) -> None:
+        try:
+            print(f"graphprune: {step} ...", file=sys.stderr, flush=True)
+        except OSError:
+            pass  # nobody reads it
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def print_text(text: str) -> None:
+    """Plain lines on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def print_report(report: Report, source: str, target: str, *, verified: bool) -> None:
+    """The table before / after."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    for heading in ("", "before", "after", "change"):
+        table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
+    for name, before, after, spell in (
+        ("parameters", report.parameters_before, report.parameters_after, _number),
+        ("MACs", report.macs_before, report.macs_after, _number),
+        ("file size", report.bytes_before, report.bytes_after, _bytes),
+    ):
+        table.add_row(name, spell(before), spell(after), _change(before, after))
+    facts = Table(box=None, pad_edge=False, show_header=False)
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
+    facts.add_row("groups", _counts(report))
+    if report.output_change is not None:
+        facts.add_row(
+            "largest output change", f"{report.output_change:.2g} of the output's scale, on random input"
+        )
+    if report.max_error is not None:
+        facts.add_row(
+            "error", f"[green]{report.max_error:.1e}[/] of the output's scale, against the masked original"
+        )
+    elif not verified:
+        facts.add_row("error", "[yellow]not verified[/]")
+    slowest = sorted(report.seconds.items(), key=lambda item: -item[1])
+    steps = ", ".join(f"{name} {value:.2g}" for name, value in slowest if name != "total" and value >= 0.05)
+    facts.add_row(
+        "seconds", f"{report.seconds.get('total', 0.0):.2f}" + (f" [dim]({steps})[/]" if steps else "")
+    )
+    console = _console()
+    console.print(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", soft_wrap=True)
+    console.print(table)
+    console.print(facts)
+    for note in report.notes:
+        console.print(f"[dim]note: {escape(note)}[/]", soft_wrap=True)
+
+
+def _counts(report: Report) -> str:
+    cut = {entry.group for entry in report.plan.cuts}
+    counts = {"pruned": 0, "free but not cut": 0, "statistical": 0, "frozen": 0}
+    for group in report.groups:
+        counts[
+            "pruned"
+            if group.name in cut
+            else "frozen"
+            if group.frozen
+            else "statistical"
+            if group.statistical
+            else "free but not cut"
+        ] += 1
+    return ", ".join(f"{number} {name}" for name, number in counts.items())
+
+
+def _change(before: float, after: float) -> str:
+    if not before:
+        return "-"
+    ratio = after / before - 1
+    colour = "green" if ratio < -0.0005 else "red" if ratio > 0.0005 else "dim"
+    return f"[{colour}]{ratio:+.1%}[/]"
+
+
+def _number(value: float) -> str:
+    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= limit:
+            return f"{value / limit * (10 if unit == 'k' else 1):.{1 if unit == 'k' else 2}f} {unit}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= limit:
+            return f"{value / limit:.2f} {unit}"
+    return f"{value:.0f} B"
+
+
+def _state(group: Group) -> str:
+    if group.frozen:
+        return f"[red]frozen[/]: {escape(group.frozen)}"
+    if group.statistical:
+        return f"[yellow]statistical[/]: {escape(group.statistical)}"
+    return "[green]free[/]"
+
+
+def print_groups(groups: Sequence[Group], plan: Plan | None, *, members: bool) -> None:
+    """The table of groups; with a plan, what it leaves of each."""
+    kept = {} if plan is None else {cut.group: cut.size - len(cut.removed) for cut in plan.cuts}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("group", overflow="fold")
+    table.add_column("size", justify="right", no_wrap=True)
+    for heading in ("blocks", "parameters", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("state", overflow="fold", ratio=1)
+    for group in groups:
+        size = f"{group.size} -> {kept[group.name]}" if group.name in kept else str(group.size)
+        table.add_row(
+            f"[bold]{escape(group.name)}[/]",
+            size,
+            str(len(group.blocks)),
+            _number(group.parameters),
+            _number(group.macs),
+            _state(group),
+        )
+        if members:
+            for member in group.members:
+                table.add_row(f"  [dim]{escape(f'{member.tensor}[{member.axis}]')} {member.role}[/]")
+    console = _console()
+    console.print(table)
+    free = sum(not g.frozen and not g.statistical for g in groups)
+    statistical = sum(bool(g.statistical) and not g.frozen for g in groups)
+    console.print(
+        f"{len(groups)} groups: {free} free, {statistical} statistical, {len(groups) - free - statistical} frozen"
+    )
+
+
+def print_notes(network: Network) -> None:
+    """What could not be worked out."""
+    console = _console()
+    for name, reason in network.analysis.graph.notes:
+        console.print(f"[dim]note: {escape(f'{name}: {reason}')}[/]", soft_wrap=True)
+
+
+def network_to_dict(network: Network, source: str) -> dict[str, Any]:
+    """Everything that is known of a model's groups, as JSON can hold it."""
+    from graphprune import __version__
+    from graphprune.cost import macs, parameters
+
+    return {
+        "graphprune": __version__,
+        "input": source,
+        "input_shapes": {name: list(shape) for name, shape in network.input_shapes.items()},
+        "parameters": parameters(network.model),
+        "macs": macs(network.analysis),
+        "groups": [group_to_dict(group) for group in network.groups],
+        "notes": [f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
+    }
