@@ -135,10 +135,13 @@ def randomise(model: Any, seed: int) -> None:
                     normal(value, 0.2) if "bias" in leaf or "beta" in leaf else uniform(value, 0.2, 0.6)
                 )
         for module in model.modules():
-            for statistic in ("running_mean", "running_var"):
-                held = getattr(module, statistic, None)
-                if held is not None:
-                    held.copy_(normal(held, 0.3) if statistic == "running_mean" else uniform(held, 0.5, 1.5))
+            if getattr(module, "running_mean", None) is None:
+                continue
+            module.running_mean.copy_(normal(module.running_mean, 0.3))
+            module.running_var.copy_(uniform(module.running_var, 0.5, 1.5))
+            if module.weight is not None:
+                # Even where they were random: gains of .1 under such statistics end the signal after a few layers.
+                module.weight.copy_(uniform(module.weight, 0.5, 1.5))
 
 
 def settle(model: Any, inputs: tuple[Any, ...]) -> None:

@@ -37,10 +37,13 @@ def hugging_face(
 ) -> Any:
     """A transformers model of a configuration, with positional inputs `names` and the output `fields` as a tuple.
 
-    `model_class` may name a part of a model: ``WhisperModel.encoder``.
+    `model_class` may name a part of a model: ``WhisperModel.encoder``.  Last hidden states get a linear head of ten
+    outputs each: as an output of the file the residual stream could not be cut at all.  A model class of the form
+    ``BertModel!`` goes without.
     """
     transformers = importlib.import_module("transformers")
-    class_name, _, part = model_class.partition(".")
+    headed = not model_class.endswith("!")
+    class_name, _, part = model_class.rstrip("!").partition(".")
     configuration = getattr(transformers, config_class)(**config)
     if hasattr(configuration, "use_cache"):
         configuration.use_cache = False
@@ -59,8 +62,14 @@ def hugging_face(
             # Without a mask the model looks for packed sequences, which the TorchScript exporter cannot express.
             arguments["attention_mask"] = torch.ones_like(inputs[0])
         out = parts["model"](**arguments, return_dict=True)
-        return tuple(getattr(out, name) for name in fields)
+        found = [getattr(out, name) for name in fields]
+        return tuple(
+            parts["head"](v) if name == "last_hidden_state" and headed else v
+            for name, v in zip(fields, found, strict=True)
+        )
 
+    if headed and "last_hidden_state" in fields:
+        return Applied(apply, model=model, head=nn.Linear(configuration.hidden_size, 10))
     return Applied(apply, model=model)
 
 

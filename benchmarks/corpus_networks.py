@@ -36,7 +36,7 @@ class Network:
         ``torchvision``, ``timm``, ``transformers`` or ``hand``.
     kind : str
         Which expectation holds: ``convolution`` (no normalisation over channels), ``normalised`` (convolutions
-        with one), ``transformer``, ``mixed`` (convolutions and attention), ``mlp`` or ``recurrent``.
+        with one), ``transformer``, ``mixed`` (convolutions and attention), ``mlp``, ``recurrent`` or ``features``.
     inputs : tuple of Input
         Name, shape and integer bound of each input.
     build : callable

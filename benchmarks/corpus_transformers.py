@@ -81,7 +81,7 @@ _AUDIO: Mapping[str, Any] = {
 }
 #: name -> (model class, configuration class, configuration, what it reads, output fields)
 TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any], str, Outputs]] = {
-    "bert": ("BertModel", "BertConfig", _SMALL, "text", ("last_hidden_state", "pooler_output")),
+    "bert": ("BertModel", "BertConfig", _SMALL, "text", ("last_hidden_state",)),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT, "text", ("logits",)),
     "llama": ("LlamaForCausalLM", "LlamaConfig", _GROUPED, "text", ("logits",)),
     "t5_encoder": ("T5EncoderModel", "T5Config", _T5, "text", ("last_hidden_state",)),
@@ -120,6 +120,7 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any], str, Outputs]] = {
         "short",
         ("last_hidden_state",),
     ),
+    "bert_features": ("BertModel!", "BertConfig", _SMALL, "text", ("last_hidden_state", "pooler_output")),
     "roberta": ("RobertaModel", "RobertaConfig", _SMALL, "text", ("last_hidden_state",)),
     "electra": (
         "ElectraModel",
@@ -286,11 +287,11 @@ TRANSFORMERS: Mapping[str, tuple[str, str, Mapping[str, Any], str, Outputs]] = {
         ("logits",),
     ),
     "cvt": (
-        "CvtModel",
+        "CvtForImageClassification",
         "CvtConfig",
         {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 1, 3]},
         "image",
-        ("last_hidden_state",),
+        ("logits",),
     ),
     "dpt": (
         "DPTForDepthEstimation",
@@ -369,7 +370,8 @@ _TEXT_DYNAMIC = frozenset(
     }
 )
 _TEXT_SIZES = ({"batch": 1, "length": 16}, {"batch": 3, "length": 24}, {"batch": 2, "length": 41})
-_CONVOLUTIONAL = {"convnextv2": "normalised", "resnet_hf": "convolution"}
+#: Where it is not ``transformer``; of a network that gives out its residual stream nothing is expected.
+_KINDS = {"convnextv2": "normalised", "resnet_hf": "convolution", "bert_features": "features"}
 
 
 def _transformer(name: str) -> Callable[[], Any]:
@@ -397,6 +399,6 @@ def transformers_networks() -> list[Network]:
         sizes: tuple[Mapping[str, int], ...] = _TEXT_SIZES if dynamic else ()
         if reads == "pair" and dynamic:
             sizes = tuple({**s, "decoder_length": s["length"] - 7} for s in _TEXT_SIZES)
-        kind = _CONVOLUTIONAL.get(name, "transformer")
+        kind = _KINDS.get(name, "transformer")
         found.append(Network(name, "transformers", kind, _READS[reads], _transformer(name), dynamic, sizes))
     return found
