@@ -147,7 +147,9 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: Mapping[int, int] | 
     try:
         onnx.checker.check_model(_without_weights(proto))
     except onnx.checker.ValidationError as error:
-        raise ModelError(f"{where}: not a valid ONNX graph: {one_line(error)}") from error
+        raise ModelError(
+            f"{where}: not a valid ONNX graph: {one_line(error)}; export the model again"
+        ) from error
     return found
 
 
@@ -214,14 +216,16 @@ def check_tensor(tensor: onnx.TensorProto, what: str, where: str, raw_bytes: int
     dtype = onnx.TensorProto.DataType.Name(tensor.data_type)
     shape = f"{dtype}{list(tensor.dims)}"
     if any(size < 0 for size in tensor.dims):
-        raise ModelError(f"{where}: {what} has a negative dimension: {shape}")
+        raise ModelError(f"{where}: {what} has a negative dimension, {shape}; export the model again")
     if tensor.HasField("segment"):
         raise ModelError(
             f"{where}: {what} is stored in segments, which ONNX has deprecated; export the model again"
         )
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         if tensor.data_type == onnx.TensorProto.STRING:
-            raise ModelError(f"{where}: {what} holds strings in external data, which ONNX does not allow")
+            raise ModelError(
+                f"{where}: {what} holds strings in external data, which ONNX forbids; save them inside"
+            )
         for entry in tensor.external_data:
             if entry.key in ("offset", "length") and not entry.value.isdecimal():
                 raise ModelError(
@@ -233,7 +237,9 @@ def check_tensor(tensor: onnx.TensorProto, what: str, where: str, raw_bytes: int
     if raw_bytes is not None or tensor.HasField("raw_data"):
         found = raw_bytes if raw_bytes is not None else len(tensor.raw_data)
         if expected is None:
-            raise ModelError(f"{where}: {what} holds strings as raw data, which ONNX does not allow")
+            raise ModelError(
+                f"{where}: {what} holds strings as raw data, which ONNX forbids; export it again"
+            )
     else:
         found, expected, unit = _typed_values(tensor), _typed_length(tensor), "values"
     if found != expected:
@@ -417,7 +423,7 @@ def _densify(sparse: onnx.SparseTensorProto, what: str, where: str, limit: int) 
                 f"{where}: {what} keeps its {name} in external data; save it as a dense initializer"
             )
     if any(size < 0 for size in sparse.dims):
-        raise ModelError(f"{where}: {what} has a negative dimension: {list(sparse.dims)}")
+        raise ModelError(f"{where}: {what} has a negative dimension, {list(sparse.dims)}; save it as dense")
     nbytes = nbytes_of(sparse.values.data_type, sparse.dims)
     if nbytes is None or nbytes > limit:
         raise ModelError(
@@ -437,7 +443,9 @@ def _densify(sparse: onnx.SparseTensorProto, what: str, where: str, limit: int) 
         )
     bounds = np.asarray(sparse.dims if indices.ndim == 2 else [count])
     if ((indices < 0) | (indices >= bounds)).any():
-        raise ModelError(f"{where}: {what} has an index outside its shape {list(sparse.dims)}")
+        raise ModelError(
+            f"{where}: {what} has an index outside its shape {list(sparse.dims)}; save it as dense"
+        )
     dense = np.zeros(tuple(sparse.dims), values.dtype)
     if indices.ndim == 2:
         dense[tuple(indices.T)] = values

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from graphprune.errors import ModelError
 from graphprune.model.check import (
@@ -190,7 +190,8 @@ def _tensor(buffer: Any, offset: int, tensor: ir.TensorProtocol) -> ir.TensorPro
     import numpy as np
     import onnx_ir as ir
 
-    dims = tuple(int(size) for size in tensor.shape.numpy())
+    shape = tensor.shape  # a new object each time: onnx_ir makes it from the message
+    dims = shape.numpy()
     nbytes = nbytes_of(tensor.dtype, dims)
     assert nbytes is not None  # strings are never raw
     described: dict[str, Any] = {
@@ -202,7 +203,7 @@ def _tensor(buffer: Any, offset: int, tensor: ir.TensorProtocol) -> ir.TensorPro
     if tensor.dtype.bitwidth < 8:
         return ir.PackedTensor(raw, tensor.dtype, shape=dims, **described)
     array = raw.view(tensor.dtype.numpy().newbyteorder("<")).reshape(dims)
-    return ir.Tensor(array, dtype=tensor.dtype, shape=ir.Shape(dims), **described)
+    return ir.Tensor(array, dtype=tensor.dtype, shape=cast(ir.Shape, shape), **described)
 
 
 def _bind(model: ir.Model, buffer: Buffer, lifted: list[tuple[str, Lifted]]) -> None:
