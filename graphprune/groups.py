@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import gcd
@@ -11,25 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.analysis import Analysis
-from graphprune.graph import Tensor
-from graphprune.labels import Labels, varying_axes
+from graphprune.labels import Labels
+from graphprune.members import Inventory, Member, Place, Spread, own_axis, position, rows_of, spreads_of
 
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One axis of one tensor that a group cuts.
-
-    Attributes:
-        tensor: Name of the tensor.
-        axis: The axis that shrinks.
-        role: ``pass-through``, ``contracted`` or ``normalised`` in the op that reads it as a weight; ``activation``.
-        is_constant: It is a weight rather than an activation.
-    """
-
-    tensor: str
-    axis: int
-    role: str
-    is_constant: bool
+__all__ = ["Group", "Member", "find_groups"]
 
 
 @dataclass(eq=False)
@@ -37,23 +22,20 @@ class Group:
     """Positions that are cut by one decision.
 
     Attributes:
-        name: Unique; the first weight that the group cuts, and the axis.
+        name: Unique; the first weight that the group cuts, and the axis. A coarser cut of the same axis (heads, where
+            the head dimensions are a group too) says how: ``/12x64`` is 12 pieces of 64.
         blocks: Labels, one array a block. Blocks must lose equal fractions (heads that keep equally many
             dimensions); within a block any label may go.
         frozen: Why nothing of it may be removed; None if it is free.
         statistical: Which statistic removal changes; None if removal is exact.
-        members: The axes that it cuts.
-        parameters: Parameters that bear one of its labels.
-        macs: Multiply-accumulates of the contractions along its axes.
     """
 
     name: str
     blocks: list[Labels]
     frozen: str | None = None
     statistical: str | None = None
-    members: list[Member] = field(default_factory=list)
-    parameters: int = 0
-    macs: int = 0
+    _index: int = field(default=0, repr=False)
+    _inventory: Inventory | None = field(default=None, repr=False)
 
     @cached_property
     def labels(self) -> Labels:
@@ -70,119 +52,155 @@ class Group:
         """Fractions k / unit of every block are whole numbers of labels."""
         return gcd(*(len(block) for block in self.blocks))
 
+    @property
+    def members(self) -> list[Member]:
+        """The axes that it cuts, in the order of the graph."""
+        return [] if self._inventory is None else self._inventory.members[self._index]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that bear one of its labels."""
+        return 0 if self._inventory is None else self._inventory.parameters[self._index]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the contractions along whose factors it lies."""
+        return 0 if self._inventory is None else self._inventory.macs[self._index]
+
     def __str__(self) -> str:
-        state = f"frozen: {self.frozen}" if self.frozen else f"statistical: {self.statistical}" if self.statistical else "free"
+        if self.frozen:
+            state = f"frozen: {self.frozen}"
+        else:
+            state = f"statistical: {self.statistical}" if self.statistical else "free"
         lines = [f"{self.name}: {self.size} ({state})"]
         lines += [f"    {m.tensor}[{m.axis}] {m.role}" for m in self.members]
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A distinct labelling: its own axis last, one row a context."""
-
-    rows: Labels
-    tensors: tuple[Tensor, ...]
-
-
-def rows_of(labels: Labels) -> Labels:
-    """A labelling as a matrix: one row a context, the own axis along the columns."""
-    varying = varying_axes(labels)
-    own = varying[-1] if varying else labels.ndim - 1
-    return np.moveaxis(labels, own, -1).reshape(-1, labels.shape[own])
-
-
-def distinct_rows(analysis: Analysis) -> Iterator[Labels]:
-    """Every labelling of every tensor as a matrix, equal ones once."""
-    seen: set[tuple[tuple[int, ...], bytes]] = set()
-    for tensor in analysis.colourings:
-        for labels in analysis.labellings(tensor):
-            rows = rows_of(labels)
-            key = (rows.shape, rows.tobytes())
-            if key not in seen:
-                seen.add(key)
-                yield rows
-
-
 def find_groups(analysis: Analysis) -> list[Group]:
-    """Partition all labels into groups, in the order of the graph."""
-    count = len(analysis.atoms)
-    footprint = np.zeros(count, dtype=np.uint64)
-    parent = np.arange(count, dtype=np.int64)
-    ties: list[npt.NDArray[np.int64]] = []
+    """Partition all labels into groups, in the order of the graph.
+
+    Labels are interchangeable where they cover equally many elements of each row of each labelling (found by hashing);
+    those are a block. Blocks that meet in a labelling of several rows are one group: each row must keep equally many.
+    """
+    spreads = spreads_of(analysis)
+    matrices = distinct_rows(analysis, spreads)
+    groups = [Group("", blocks) for blocks in _tied(analysis, matrices, _blocks(analysis, matrices))]
+    owner = np.full(len(analysis.atoms), -1, dtype=np.int32)
+    frozen, statistical = _flags(analysis)
+    for index, group in enumerate(groups):
+        labels = group.labels
+        owner[labels] = index
+        reasons = labels[frozen[labels]], labels[statistical[labels]]
+        group.frozen = analysis.atoms.frozen(int(reasons[0][0])) if len(reasons[0]) else None
+        group.statistical = analysis.atoms.statistical(int(reasons[1][0])) if len(reasons[1]) else None
+    inventory = Inventory(analysis, spreads, owner, len(groups))
+    for index, group in enumerate(groups):
+        group._index, group._inventory = index, inventory
+    _name(groups, inventory)
+    return groups
+
+
+def _flags(analysis: Analysis) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """For each label whether it is frozen, and whether it is statistical."""
+    every = np.arange(len(analysis.atoms), dtype=np.int32)
+    return analysis.atoms.is_frozen(every), analysis.atoms.is_statistical(every)
+
+
+def distinct_rows(analysis: Analysis, spreads: Sequence[Spread]) -> list[Labels]:
+    """Every labelling of every tensor, and of what ops see of it in parts, as a matrix; equal ones once."""
+    matrices = {(spread.rows.shape, spread.rows.tobytes()): spread.rows for spread in spreads}
+    for _, _, labels in analysis.partial_labellings():
+        rows = rows_of(labels, own_axis(labels))
+        matrices.setdefault((rows.shape, rows.tobytes()), rows)
+    return list(matrices.values())
+
+
+def _blocks(analysis: Analysis, matrices: Sequence[Labels]) -> list[Labels]:
+    """Interchangeable labels, in the order of their first."""
+    footprint = np.zeros(len(analysis.atoms), dtype=np.uint64)
+    seen = np.zeros(len(footprint), dtype=bool)
+    seen[0] = True
     mixer = np.random.default_rng(20240501)
-    for rows in distinct_rows(analysis):
-        height = len(rows)
-        row_index = np.repeat(np.arange(height, dtype=np.int64), rows.shape[1])
-        code = row_index * count + rows.ravel()
-        code = code[rows.ravel() > 0]
-        cells, multiplicity = np.unique(code, return_counts=True)
-        labels = cells % count
-        salts = mixer.integers(1, 2**63, size=height, dtype=np.uint64)
+    for rows in matrices:
+        height, width = rows.shape
+        salts = np.asarray(mixer.integers(1, 2**63, size=height, dtype=np.uint64))
+        code = np.repeat(np.arange(height, dtype=np.int64), width) * len(footprint) + rows.ravel()
+        cells, number = np.unique(code, return_counts=True)
         with np.errstate(over="ignore"):
-            np.add.at(footprint, labels, salts[cells // count] * (multiplicity.astype(np.uint64) * np.uint64(2) + np.uint64(1)))
-        if height > 1:
-            ties.append(np.unique(labels))
-    present = analysis.labels().astype(np.int64)
-    blocks: dict[tuple[int, bool, bool], list[int]] = {}
-    frozen = analysis.atoms.is_frozen(present.astype(np.int32))
-    for label, is_frozen in zip(present.tolist(), frozen.tolist(), strict=True):
-        is_statistical = analysis.atoms.statistical(label) is not None
-        blocks.setdefault((int(footprint[label]), is_frozen, is_statistical), []).append(label)
-    block_list = list(blocks.values())
-    block_of = np.zeros(count, dtype=np.int64)
-    for index, members in enumerate(block_list):
+            weights = salts[cells // len(footprint)] * (
+                number.astype(np.uint64) * np.uint64(2) + np.uint64(1)
+            )
+            np.add.at(footprint, cells % len(footprint), weights)
+        seen[cells % len(footprint)] = True
+    present = np.flatnonzero(seen)[1:]  # without 0, which is no label
+    frozen, statistical = _flags(analysis)
+    kinds = np.stack(
+        [footprint[present], frozen[present].astype(np.uint64), statistical[present].astype(np.uint64)]
+    )
+    _, first, kind = np.unique(kinds, axis=1, return_index=True, return_inverse=True)
+    kind = kind.ravel()
+    order = np.argsort(kind, kind="stable")
+    pieces = np.split(present[order], np.flatnonzero(np.diff(kind[order])) + 1) if len(present) else []
+    return [pieces[i].astype(np.int32) for i in np.argsort(first)]
+
+
+def _tied(analysis: Analysis, matrices: Sequence[Labels], blocks: list[Labels]) -> list[list[Labels]]:
+    """Blocks that meet in a labelling of several rows."""
+    block_of = np.full(len(analysis.atoms), -1, dtype=np.int64)
+    for index, members in enumerate(blocks):
         block_of[members] = index
-    parent = np.arange(len(block_list))
+    parent = list(range(len(blocks)))
 
     def root(i: int) -> int:
         while parent[i] != i:
             parent[i] = parent[parent[i]]
-            i = int(parent[i])
+            i = parent[i]
         return i
 
-    for tied in ties:
-        roots = sorted({root(int(b)) for b in np.unique(block_of[tied])})
+    for rows in matrices:
+        if len(rows) == 1:
+            continue
+        met = np.unique(block_of[rows])
+        roots = sorted({root(int(b)) for b in met if b >= 0})
         for other in roots[1:]:
             parent[other] = roots[0]
     grouped: dict[int, list[Labels]] = {}
-    for index, members in enumerate(block_list):
-        grouped.setdefault(root(index), []).append(np.asarray(members, dtype=np.int32))
-    groups = [Group("", blocks) for blocks in grouped.values()]
-    _describe(analysis, groups)
-    return groups
+    for index, members in enumerate(blocks):
+        grouped.setdefault(root(index), []).append(members)
+    return list(grouped.values())
 
 
-def _describe(analysis: Analysis, groups: Sequence[Group]) -> None:
-    """Fill in names, members, reasons and sizes."""
-    owner = np.full(len(analysis.atoms), -1, dtype=np.int64)
-    for index, group in enumerate(groups):
-        owner[group.labels] = index
-        for label in group.labels.tolist():
-            group.frozen = group.frozen or analysis.atoms.frozen(label)
-            group.statistical = group.statistical or analysis.atoms.statistical(label)
-    for tensor in sorted(analysis.colourings, key=lambda t: (t.producer.index if t.producer else -1)):
-        for labels in analysis.labellings(tensor):
-            varying = varying_axes(labels)
-            if not varying:
-                continue
-            marked = labels > 0
-            found, counts = np.unique(owner[labels[marked]], return_counts=True)
-            repeat = tensor_size(tensor) // labels.size
-            for index, number in zip(found.tolist(), counts.tolist(), strict=True):
-                group = groups[index]
-                role = "weight" if tensor.constant else "activation"
-                group.members.append(Member(tensor.name, varying[-1], role, tensor.constant))
-                if tensor.constant and tensor.producer is None:
-                    group.parameters += number * repeat
-    names: dict[str, int] = {}
-    for group in groups:
-        weights = [m for m in group.members if m.is_constant] or group.members
-        base = f"{weights[0].tensor}[{weights[0].axis}]" if weights else "unnamed"
-        names[base] = names.get(base, 0) + 1
-        group.name = base if names[base] == 1 else f"{base}/{names[base]}"
+def _name(groups: Sequence[Group], inventory: Inventory) -> None:
+    """Name each group after the first weight that it cuts, vectors (a bias) only if there is no other."""
+    first: dict[int, tuple[tuple[bool, bool, tuple[int, int]], Spread, Place]] = {}
+    for spread, there in zip(inventory.spreads, inventory.groups_in, strict=True):
+        rank, place = min(((_rank(place), place) for place in spread.places), key=lambda item: item[0])
+        for index in there:
+            if index not in first or rank < first[index][0]:
+                first[index] = rank, spread, place
+    by_base: dict[str, list[int]] = {}
+    for index in range(len(groups)):
+        place = first[index][2]
+        by_base.setdefault(f"{place.tensor.name}[{place.axis}]", []).append(index)
+    for base, indices in by_base.items():
+        finest = max(groups[index].size for index in indices)
+        taken: dict[str, int] = {}
+        for index in indices:
+            name, group = base, groups[index]
+            covered = _covered(first[index][1], inventory.owner, index)
+            if group.size < finest and covered > group.size and covered % group.size == 0:
+                name = f"{base}/{group.size}x{covered // group.size}"
+            taken[name] = taken.get(name, 0) + 1
+            group.name = name if taken[name] == 1 else f"{name}/{taken[name]}"
 
 
-def tensor_size(tensor: Tensor) -> int:
-    """Number of elements of a tensor of known shape."""
-    return int(np.prod(tensor.shape or (), dtype=np.int64))
+def _rank(place: Place) -> tuple[bool, bool, tuple[int, int]]:
+    tensor = place.tensor
+    return not tensor.constant, len(tensor.shape or ()) < 2, position(tensor)
+
+
+def _covered(spread: Spread, owner: npt.NDArray[np.int32], group: int) -> int:
+    """How many positions of the own axis a group covers, in the first row that it covers any of."""
+    covered = (owner[spread.rows] == group).sum(axis=1)
+    return int(covered[covered > 0][0])

@@ -116,6 +116,10 @@ class Atoms:
         """For each label, whether it is frozen."""
         return self._frozen[self.find(labels)] > 0
 
+    def is_statistical(self, labels: Labels) -> npt.NDArray[np.bool_]:
+        """For each label, whether removal would change a statistic."""
+        return self._statistical[self.find(labels)] > 0
+
     def all_frozen(self, labels: Labels) -> bool:
         """True if no label of the array is free."""
         roots = self.find(labels)
