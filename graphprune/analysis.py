@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from graphprune.flow import Flow, Operand, ReshapeFlow, SignatureFlow, reshape_blocks
+from graphprune.flow import ChainFlow, Flow, Operand, ReshapeFlow, SignatureFlow, TakeFlow, reshape_blocks
 from graphprune.graph import Graph, Op, Tensor
 from graphprune.labels import MAX_ELEMENTS, Atoms, Colouring, Labels, distinct, varying_axes
 from graphprune.rules.registry import Refusal, find_rule, flows_of, tensor_at
 from graphprune.signature import Role, Signature, View
+
+Spread = TypeVar("Spread", bound=npt.NDArray[Any])
+#: Takes an array that broadcasts against a tensor to the part that an op sees; None where it sees nothing of it.
+Partial: TypeAlias = Callable[[npt.NDArray[Any]], "npt.NDArray[Any] | None"]
 
 #: Labellings that one tensor may bear. Five is the most that was seen on 230 exported networks.
 MAX_LABELLINGS = 12
@@ -245,16 +252,15 @@ class Analysis:
             (flow.target, flow.source, flow.target_shape, flow.source_shape),
             (flow.source, flow.target, flow.source_shape, flow.target_shape),
         ):
-            tensor, flat = tensor_at(op, split), tensor_at(op, whole)
-            colouring = self.colourings.get(flat) if flat is not None else None
+            tensor, other = tensor_at(op, split), tensor_at(op, whole)
+            colouring = self.colourings.get(other) if other is not None else None
             if colouring is None or tensor is None:
                 continue
             for whole_axes, split_axes in reshape_blocks(whole_shape, split_shape):
                 parts = [a for a in split_axes if split_shape[a] > 1]
-                flat_axes = [a for a in whole_axes if whole_shape[a] > 1]
-                if len(parts) < 2 or len(flat_axes) != 1:
-                    continue
-                if not any(labels.shape[flat_axes[0]] > 1 for labels in colouring.labellings):
+                if len(parts) < 2 or not any(
+                    labels.shape[a] > 1 for labels in colouring.labellings for a in whole_axes
+                ):
                     continue
                 for stop in range(1, len(parts)):
                     shape = [s if a in parts[:stop] else 1 for a, s in enumerate(split_shape)]
@@ -281,9 +287,46 @@ class Analysis:
         colouring = self.colourings.get(tensor)
         return [] if colouring is None else [self.atoms.find(labels) for labels in colouring.labellings]
 
+    def partial_labellings(self) -> Iterator[tuple[Tensor, Partial, Labels]]:
+        """Labellings of tensors as ops see them in parts, which must be boxes too.
+
+        An axis that is a product of factors is one axis to a tensor and several to the op: each conv group, each head
+        keeps equally many. A Slice that starts behind a ragged part needs that part to be equally long in each row.
+        """
+        for op, at in zip(self.graph.ops, self._flow_at, strict=True):
+            for operand, flows in at.items():
+                tensor = tensor_at(op, operand)
+                if tensor is None or tensor not in self.colourings:
+                    continue
+                for part in [p for flow in flows for p in parts_of(flow, operand)]:
+                    for labels in self.labellings(tensor):
+                        seen = part(labels)
+                        if seen is not None and len(varying_axes(seen)) > 1:
+                            yield tensor, part, seen
+
     def labels(self) -> Labels:
         """All labels that occur, sorted."""
         return distinct(labels for tensor in self.colourings for labels in self.labellings(tensor))
+
+
+def parts_of(flow: Flow, operand: Operand) -> Iterator[Partial]:
+    """The parts of an operand that a flow sees apart from the operand as a whole."""
+    if isinstance(flow, SignatureFlow):
+        for view in flow.signature.views:
+            if (view.is_output, view.slot) == operand and any(
+                sum(flow.signature.sizes[n] > 1 for n in axis.factors or ()) > 1 for axis in view.axes
+            ):
+                yield partial(flow.spread, view)
+    elif isinstance(flow, TakeFlow):
+        if operand == flow.source and flow.index.size and flow.index[0] > 0:
+            yield partial(_leading, flow.axis, int(flow.index[0]))
+    elif isinstance(flow, ChainFlow):
+        for step in flow.steps:
+            yield from parts_of(step, operand)
+
+
+def _leading(axis: int, stop: int, array: Spread) -> Spread | None:
+    return array[(slice(None),) * axis + (slice(0, stop),)] if array.shape[axis] > 1 else None
 
 
 def operands_of(tensor: Tensor) -> Iterator[tuple[Op, Operand]]:

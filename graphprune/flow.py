@@ -113,6 +113,24 @@ class SignatureFlow:
             shape += sizes if size > 1 else [1] * len(sizes)
         return compress(labels.reshape(shape)) if labels.any() else None
 
+    def spread(self, view: View, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
+        """An array that broadcasts against an operand, with one dimension a factor of a view.
+
+        None where it depends on an axis of which the view says nothing.
+        """
+        shape: list[int] = []
+        for index, axis in enumerate(view.axes):
+            size = array.shape[index]
+            if axis.factors is None:
+                if size > 1:
+                    return None
+                continue
+            if axis.take is not None and size > 1:
+                array = array[(slice(None),) * index + (slice(*axis.take),)]
+            sizes = [self.signature.sizes[name] for name in axis.factors]
+            shape += sizes if size > 1 else [1] * len(sizes)
+        return array.reshape(shape)
+
     def _spoken_of(self, view: View, index: int) -> bool:
         """True if another view of the same operand says what the axis is made of."""
         return any(

@@ -15,7 +15,7 @@ from graphprune.analysis import Analysis
 from graphprune.errors import PlanError
 from graphprune.graph import Tensor
 from graphprune.groups import Group
-from graphprune.kernels.box import Mask, broadcast_box, separable
+from graphprune.kernels.box import Mask, box, broadcast_box, separable
 from graphprune.labels import Labels
 
 #: Version of the plan file's format.
@@ -198,6 +198,11 @@ class Masks:
                 self.shape(tensor)
             except PlanError as error:
                 found.append((tensor, str(error)))
+        for tensor, part, _ in self.analysis.partial_labellings():
+            mask = self.mask(tensor)
+            seen = part(mask) if mask is not None else None
+            if seen is not None and box(seen) is None:
+                found.append((tensor, f"what an op reads of tensor {tensor.name!r} has rows of different lengths"))
         return found
 
 
