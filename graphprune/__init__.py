@@ -25,7 +25,9 @@ from graphprune.errors import (
 
 if TYPE_CHECKING:
     from graphprune.analysis import Analysis as Analysis
+    from graphprune.coupling import coupling_graph as coupling_graph
     from graphprune.groups import Group as Group
+    from graphprune.pipeline import Network as Network
     from graphprune.pipeline import analyze as analyze
     from graphprune.pipeline import prune as prune
     from graphprune.plan import Plan as Plan
@@ -38,6 +40,7 @@ __all__ = [
     "GraphPruneError",
     "Group",
     "ModelError",
+    "Network",
     "NothingToPruneError",
     "OptionError",
     "Plan",
@@ -47,6 +50,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "analyze",
+    "coupling_graph",
     "prune",
 ]
 
@@ -54,9 +58,11 @@ __all__ = [
 _HOMES = {
     "Analysis": "graphprune.analysis",
     "Group": "graphprune.groups",
+    "Network": "graphprune.pipeline",
     "Plan": "graphprune.plan",
     "Report": "graphprune.report",
     "analyze": "graphprune.pipeline",
+    "coupling_graph": "graphprune.coupling",
     "prune": "graphprune.pipeline",
 }
 

@@ -391,11 +391,15 @@ def _beside(path: Path | None, pruned: Pruned) -> Iterator[Callable[[], None]]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp's files are for the owner alone
-        yield lambda: os.replace(temporary, path)
+        yield lambda: _rename(temporary, path)
     except OSError as error:
         raise PlanError(f"the plan {str(path)!r} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    temporary.replace(path)
 
 
 def _print_report(options: argparse.Namespace, pruned: Pruned, target: Path) -> None:

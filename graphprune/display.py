@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -108,10 +109,8 @@ class Steps:
 
     @staticmethod
     def _say(step: str) -> None:
-        try:
+        with suppress(OSError):  # nobody may be reading it
             print(f"graphprune: {step} ...", file=sys.stderr, flush=True)
-        except OSError:
-            pass  # nobody reads it
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -28,14 +28,16 @@ class Group:
             dimensions); within a block any label may go.
         frozen: Why nothing of it may be removed; None if it is free.
         statistical: Which statistic removal changes; None if removal is exact.
+        index: Its position among the groups of the analysis.
+        inventory: Where all groups lie.
     """
 
     name: str
     blocks: list[Labels]
     frozen: str | None = None
     statistical: str | None = None
-    _index: int = field(default=0, repr=False)
-    _inventory: Inventory | None = field(default=None, repr=False)
+    index: int = field(default=0, repr=False)
+    inventory: Inventory | None = field(default=None, repr=False)
 
     @cached_property
     def labels(self) -> Labels:
@@ -55,17 +57,17 @@ class Group:
     @property
     def members(self) -> list[Member]:
         """The axes that it cuts, in the order of the graph."""
-        return [] if self._inventory is None else self._inventory.members[self._index]
+        return [] if self.inventory is None else self.inventory.members[self.index]
 
     @property
     def parameters(self) -> int:
         """Parameters that bear one of its labels."""
-        return 0 if self._inventory is None else self._inventory.parameters[self._index]
+        return 0 if self.inventory is None else self.inventory.parameters[self.index]
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of the contractions along whose factors it lies."""
-        return 0 if self._inventory is None else self._inventory.macs[self._index]
+        return 0 if self.inventory is None else self.inventory.macs[self.index]
 
     def __str__(self) -> str:
         if self.frozen:
@@ -96,7 +98,7 @@ def find_groups(analysis: Analysis) -> list[Group]:
         group.statistical = analysis.atoms.statistical(int(reasons[1][0])) if len(reasons[1]) else None
     inventory = Inventory(analysis, spreads, owner, len(groups))
     for index, group in enumerate(groups):
-        group._index, group._inventory = index, inventory
+        group.index, group.inventory = index, inventory
     _name(groups, inventory)
     return groups
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from graphprune.flow import ChainFlow, Flow, Operand, ReshapeFlow, SignatureFlow, TakeFlow, reshape_blocks
 from graphprune.graph import Op
 from graphprune.rules.registry import tensor_at
+from graphprune.signature import Role
 
 #: An axis of an operand.
 Place = tuple[Operand, int]
@@ -41,6 +42,9 @@ def ties_of(op: Op, flows: Sequence[Flow]) -> Iterator[Tie]:
             yield from _take_ties(flow.steps, _rank(op, flow.steps[0].source))
         elif isinstance(flow, ReshapeFlow):
             yield from _reshape_ties(flow)
+        else:  # a flow of the user's own: it does not say which axes
+            places = ((operand, axis) for operand in flow.operands() for axis in range(_rank(op, operand)))
+            yield Tie(tuple(sorted(places, reverse=True)), type(flow).__name__)
 
 
 def _rank(op: Op, operand: Operand) -> int:
@@ -56,8 +60,9 @@ def _signature_ties(flow: SignatureFlow) -> Iterator[Tie]:
             for name in axis.factors or ():
                 by_factor.setdefault(name, {})[(Operand(view.is_output, view.slot), index)] = None
     for name, places in by_factor.items():
-        if len(places) > 1:
-            yield Tie(tuple(places), f"factor {name} of {flow.signature.text}")
+        if len(places) > 1 and flow.signature.sizes[name] > 1:
+            role = flow.signature.role(name)
+            yield Tie(tuple(places), f"factor {name}" + ("" if role is Role.PASS else f", {role.value}"))
 
 
 def _take_ties(steps: Sequence[TakeFlow], rank: int) -> Iterator[Tie]:
