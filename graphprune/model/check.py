@@ -16,9 +16,6 @@ from graphprune.errors import ModelError
 if TYPE_CHECKING:
     import onnx
 
-#: Sparse initializers are made dense up to this many bytes in all.
-DENSE_LIMIT = 256 * 2**20
-
 #: Ops that ONNX Runtime registers in the standard domain although ONNX does not define them there, or only in later
 #: opsets. Its own optimizer and older exporters write them, so such a file is not a broken one.
 RUNTIME_OPS = {
@@ -102,7 +99,7 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: Mapping[int, int] | 
     Parameters
     ----------
     proto : onnx.ModelProto
-        Sparse initializers already made dense (:func:`make_dense`).
+        Sparse initializers already made dense (``graphprune.model.sparse``).
     where : str
         The file or object, for messages.
     lifted : dict, optional
@@ -142,6 +139,7 @@ def check_model(proto: onnx.ModelProto, where: str, lifted: Mapping[int, int] | 
                     f" {onnx.__version__} does not know; export the model again, or upgrade onnx"
                 )
     _check_unique([(f.domain, f.name, f.overload) for f in proto.functions], "function", "the model", where)
+    _check_texts(proto, found, where)
     for tensor, name, node in found.constants:
         check_tensor(tensor, f"attribute {name!r} of {node.op_type} {node.name!r}", where)
     try:
@@ -169,6 +167,23 @@ def _check_versions(proto: onnx.ModelProto, where: str) -> None:
             raise ModelError(
                 f"{where}: opset {opset.version} of domain {opset.domain or 'ai.onnx'!r} is newer than opset"
                 f" {latest[opset.domain]}, the latest {upgrade} opset"
+            )
+
+
+def _check_texts(proto: onnx.ModelProto, found: Parts, where: str) -> None:
+    """Refuse text that is not UTF-8: protobuf gives it out as bytes, and cannot write it again."""
+    texts = [proto.producer_name, proto.producer_version, proto.domain, proto.doc_string]
+    for graph in found.graphs:
+        texts += [graph.name, graph.doc_string, *(tensor.name for tensor in graph.initializer)]
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            texts += [info.name, info.doc_string, *(d.dim_param for d in info.type.tensor_type.shape.dim)]
+    for node in found.nodes:
+        texts += [node.name, node.op_type, node.domain, node.doc_string, *node.input, *node.output]
+        texts += [attribute.name for attribute in node.attribute]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ModelError(
+                f"{where}: the text {text!r} is not UTF-8; the file is damaged, export the model again"
             )
 
 
@@ -377,78 +392,3 @@ def locate_external(
             f" {total}; the data file is truncated or belongs to another model: copy it again"
         )
     return Region(path, start, nbytes)
-
-
-def make_dense(proto: onnx.ModelProto, where: str) -> None:
-    """Replace, in place, sparse initializers and sparse constants by dense ones: onnx_ir would drop them silently.
-
-    Raises
-    ------
-    ModelError
-        If they are malformed, or take more than ``DENSE_LIMIT`` bytes in all.
-    """
-    import onnx
-
-    left = DENSE_LIMIT
-    found = parts(proto)
-    for graph in found.graphs:
-        for sparse in graph.sparse_initializer:
-            dense = _densify(sparse, f"sparse initializer {sparse.values.name!r}", where, left)
-            left -= len(dense.raw_data)
-            graph.initializer.append(dense)
-        del graph.sparse_initializer[:]
-    for node in found.nodes:
-        for attribute in node.attribute:
-            if not attribute.HasField("sparse_tensor") and not attribute.sparse_tensors:
-                continue
-            if node.op_type != "Constant" or attribute.name != "sparse_value":
-                raise ModelError(
-                    f"{where}: {node.op_type} {node.name!r} has a sparse attribute; make it dense"
-                )
-            dense = _densify(attribute.sparse_tensor, f"sparse constant {node.name!r}", where, left)
-            left -= len(dense.raw_data)
-            attribute.ClearField("sparse_tensor")
-            attribute.name, attribute.type = "value", onnx.AttributeProto.TENSOR
-            attribute.t.CopyFrom(dense)
-
-
-def _densify(sparse: onnx.SparseTensorProto, what: str, where: str, limit: int) -> onnx.TensorProto:
-    import numpy as np
-    import onnx
-
-    for part, name in ((sparse.values, "values"), (sparse.indices, "indices")):
-        check_tensor(part, f"{name} of {what}", where)
-        if part.data_location == onnx.TensorProto.EXTERNAL:
-            raise ModelError(
-                f"{where}: {what} keeps its {name} in external data; save it as a dense initializer"
-            )
-    if any(size < 0 for size in sparse.dims):
-        raise ModelError(f"{where}: {what} has a negative dimension, {list(sparse.dims)}; save it as dense")
-    nbytes = nbytes_of(sparse.values.data_type, sparse.dims)
-    if nbytes is None or nbytes > limit:
-        raise ModelError(
-            f"{where}: {what} of shape {list(sparse.dims)} takes {nbytes or 0} bytes when dense, more than the"
-            f" {limit} that are left of {DENSE_LIMIT}; save it as a dense initializer"
-        )
-    values = onnx.numpy_helper.to_array(sparse.values)
-    indices = onnx.numpy_helper.to_array(sparse.indices)
-    rank, count = len(sparse.dims), math.prod(sparse.dims)
-    if (
-        indices.dtype != np.int64
-        or values.ndim != 1
-        or indices.shape not in ((values.size,), (values.size, rank))
-    ):
-        raise ModelError(
-            f"{where}: {what} has indices of {indices.dtype}{indices.shape} for {values.shape} values"
-        )
-    bounds = np.asarray(sparse.dims if indices.ndim == 2 else [count])
-    if ((indices < 0) | (indices >= bounds)).any():
-        raise ModelError(
-            f"{where}: {what} has an index outside its shape {list(sparse.dims)}; save it as dense"
-        )
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 2:
-        dense[tuple(indices.T)] = values
-    else:
-        dense.reshape(-1)[indices] = values
-    return onnx.numpy_helper.from_array(dense, sparse.values.name)

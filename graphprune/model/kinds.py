@@ -15,9 +15,9 @@ from graphprune.model.read import (
     EXTERNAL,
     SOURCES,
     ConversionWarning,
-    _explained,
     all_graphs,
     bind_external,
+    explained,
     load,
     parse,
 )
@@ -68,7 +68,7 @@ def as_ir(model: object) -> tuple[ir.Model, Callable[[ir.Model], Any]]:
         return _from_proto(model, "the ModelProto"), to_proto
     if isinstance(model, ir.Model):
         duplicate = copy(model)
-        with _explained("the onnx_ir.Model"):
+        with explained("the onnx_ir.Model"):
             check_model(bare_proto(duplicate), "the onnx_ir.Model")
             bind_external(duplicate, "the onnx_ir.Model")
         duplicate.meta[SOURCES] = (*model.meta.get(SOURCES, ()), *duplicate.meta[SOURCES])
@@ -165,7 +165,7 @@ def _from_graphsurgeon(graph: Any) -> ir.Model:
 
     gs = _graphsurgeon()
     domains = None if graph.import_domains is None else list(graph.import_domains)
-    with _explained("the graphsurgeon Graph"):
+    with explained("the graphsurgeon Graph"):
         duplicate = graph.copy()  # exporting renames tensors and extends the list of domains in place
         duplicate.import_domains = domains
         duplicate.producer_name, duplicate.producer_version = graph.producer_name, graph.producer_version
@@ -186,7 +186,7 @@ def _to_graphsurgeon(model: ir.Model) -> Any:
     gs = _graphsurgeon()
     proto = to_proto(model)
     _warn("graphsurgeon Graphs cannot hold, and the result lacks,", _graphsurgeon_lacks(proto))
-    with _explained("the result"):
+    with explained("the result"):
         return gs.import_onnx(proto)
 
 

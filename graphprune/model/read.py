@@ -14,10 +14,10 @@ from graphprune.errors import ModelError
 from graphprune.model.check import (
     check_model,
     locate_external,
-    make_dense,
     nbytes_of,
     one_line,
 )
+from graphprune.model.sparse import make_dense
 from graphprune.model.wire import MAXIMUM_MESSAGE, Buffer, Lifted, WireError, lift
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def parse(buffer: Buffer, where: str, folders: list[Path]) -> ir.Model:
         raise ModelError(
             f"{where}: not an ONNX file ({one_line(error)}); export the network to ONNX first"
         ) from error
-    with _explained(where):
+    with explained(where):
         _normalise(proto)
         if proto.training_info:
             text = f"{where}: its training_info (a training graph) is not kept: pruning would make it wrong"
@@ -163,7 +163,7 @@ def parse(buffer: Buffer, where: str, folders: list[Path]) -> ir.Model:
 
 
 @contextmanager
-def _explained(where: str) -> Iterator[None]:
+def explained(where: str, action: str = "read") -> Iterator[None]:
     """Turn what onnx_ir, protobuf and numpy raise on a malformed model (many types, some bare) into ModelError."""
     try:
         yield
@@ -173,7 +173,7 @@ def _explained(where: str) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:  # onnx_ir wraps the reason once for each object around the fault
             cause = cause.__cause__
-        raise ModelError(f"{where}: the model cannot be read: {one_line(cause)}; export it again") from error
+        raise ModelError(f"{where}: cannot be {action}: {one_line(cause)}; export the model again") from error
 
 
 def _normalise(proto: onnx.ModelProto) -> None:

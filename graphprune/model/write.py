@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from graphprune.errors import ModelError, OptionError
 from graphprune.model.check import one_line, parts
-from graphprune.model.read import EXTERNAL, SOURCES, all_graphs
+from graphprune.model.read import EXTERNAL, SOURCES, all_graphs, explained
 from graphprune.model.wire import LIFT_BYTES, MAXIMUM_MESSAGE, Payload, WireError, write_model, write_tensor
 
 if TYPE_CHECKING:
@@ -289,7 +289,8 @@ def _skeleton(
                 )
             elif isinstance(tensor, ir.ExternalTensor):  # small, or in a subgraph: into the message
                 value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, **described)
-        proto = ir.serde.serialize_model(model)
+        with explained("the pruned model", "serialized"):
+            proto = ir.serde.serialize_model(model)
     finally:
         for value, tensor in kept:
             value.const_value = tensor
