@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import networkx
 import numpy as np
 import numpy.typing as npt
 
@@ -16,12 +17,16 @@ from graphprune.graph import Tensor
 from graphprune.groups import Group
 from graphprune.labels import varying_axes
 from graphprune.plan import Masks
-from graphprune.scores import Scores
+from graphprune.scores import Scores, weights_of
 
 #: Groups of at least this many labels are rounded by default.
 ROUNDED_FROM = 32
 #: To a multiple of this.
 ROUND_TO = 8
+#: A way to cut that reaches this share of the most weights that any reaches is good enough to be preferred.
+COVERED = 0.9
+#: Up to this many overlapping groups all ways to cut are compared.
+MAX_ENUMERATED = 16
 
 
 @dataclass(frozen=True)
@@ -88,19 +93,12 @@ def ratios(analysis: Analysis, groups: Sequence[Group], request: Request) -> lis
     wanted: list[float | None] = [request.channels if there else None for there in included]
     for pattern, ratio in request.channels_for.items():
         for index, hit in enumerate(_match(pattern, names)):
-            if hit and not (groups[index].name != pattern and _nested_under(groups[index], pattern, names)):
+            if hit:
                 wanted[index] = ratio
     for index, group in enumerate(groups):
         if group.frozen or (group.statistical and not request.residual):
             wanted[index] = None
     return wanted
-
-
-def _nested_under(group: Group, pattern: str, names: Sequence[set[str]]) -> bool:
-    """A pattern that is the exact name of some group means that group alone."""
-    return "*" not in pattern and "?" not in pattern and any(pattern in n for n in names) and group.name != pattern and any(
-        pattern == other for other in [pattern] if other.endswith("]") or "]/" in other
-    )
 
 
 def keep_count(group: Group, ratio: float, round_to: int | None) -> int:
@@ -141,9 +139,6 @@ def _overlaps(analysis: Analysis, groups: Sequence[Group]) -> dict[int, set[int]
 def choose(analysis: Analysis, groups: Sequence[Group], scores: Scores, request: Request) -> npt.NDArray[np.int32]:
     """Pick the labels to remove: in each group the ones of lowest score, equally many in each block.
 
-    Of groups that overlap (heads, head dimensions) the finest is cut, so that the ratio holds once and not twice;
-    one that ``channels_for`` names comes first.
-
     Raises:
         NothingToPruneError: No group is free.
         OptionError: A glob matches nothing.
@@ -151,26 +146,68 @@ def choose(analysis: Analysis, groups: Sequence[Group], scores: Scores, request:
     wanted = ratios(analysis, groups, request)
     if not any(ratio is not None for ratio in wanted):
         raise NothingToPruneError(_why_nothing(groups, request))
-    overlaps = _overlaps(analysis, groups)
     named = {
         index
-        for pattern in request.channels_for
+        for pattern, ratio in request.channels_for.items()
         for index, hit in enumerate(_match(pattern, names_of(analysis, groups)))
-        if hit and wanted[index] == request.channels_for[pattern]
+        if hit and wanted[index] == ratio
     }
-    order = sorted(
-        (i for i, ratio in enumerate(wanted) if ratio is not None),
-        key=lambda i: (i not in named, -groups[i].size, i),
-    )
-    cut: dict[int, npt.NDArray[np.int32]] = {}
-    for index in order:
-        ratio = wanted[index]
-        if ratio is None or overlaps.get(index, set()) & cut.keys():
-            continue
-        gone = _weakest(groups[index], scores, keep_count(groups[index], ratio, request.round_to))
-        if len(gone):
-            cut[index] = gone
+    candidates = {
+        index: gone
+        for index, ratio in enumerate(wanted)
+        if ratio is not None
+        and len(gone := _weakest(groups[index], scores, keep_count(groups[index], ratio, request.round_to)))
+    }
+    cut = _without_overlaps(analysis, groups, candidates, named)
     return _mend(analysis, groups, cut, scores)
+
+
+def _without_overlaps(
+    analysis: Analysis, groups: Sequence[Group], candidates: dict[int, npt.NDArray[np.int32]], named: set[int]
+) -> dict[int, npt.NDArray[np.int32]]:
+    """Of groups that overlap keep one way to cut, so that a ratio holds once and not twice.
+
+    Of all ways to pick groups that do not overlap, those that reach the most weights are good; among the good ones
+    the finest is taken (head dimensions leave more choice than heads). So heads go where some of their dimensions
+    may not, and dimensions where they all may.
+    """
+    overlaps = _overlaps(analysis, groups)
+    conflicts = networkx.Graph()
+    conflicts.add_nodes_from(candidates)
+    conflicts.add_edges_from((i, j) for i in candidates for j in overlaps.get(i, ()) if j in candidates)
+    for index in named:
+        if index in conflicts:
+            conflicts.remove_nodes_from([j for j in overlaps.get(index, ()) if j not in named and j in conflicts])
+    reach = _reach(analysis)
+    kept: set[int] = set()
+    for component in networkx.connected_components(conflicts):
+        ways = _independent(conflicts.subgraph(component), groups)
+        reached = [sum(float(reach[groups[i].labels].sum()) for i in way) for way in ways]
+        good = [way for way, r in zip(ways, reached, strict=True) if r >= COVERED * max(reached)]
+        kept |= max(good, key=lambda way: (sum(groups[i].size for i in way), sorted(way)))
+    return {index: gone for index, gone in candidates.items() if index in kept or index in named}
+
+
+def _independent(conflicts: networkx.Graph[int], groups: Sequence[Group]) -> list[set[int]]:
+    """All largest sets of groups without overlaps; where groups are many, one set, picked finest first."""
+    if len(conflicts) <= MAX_ENUMERATED:
+        return [set(clique) for clique in networkx.find_cliques(networkx.complement(conflicts))]
+    taken: set[int] = set()
+    for index in sorted(conflicts, key=lambda i: (-groups[i].size, i)):
+        if not taken & set(conflicts[index]):
+            taken.add(index)
+    return [taken]
+
+
+def _reach(analysis: Analysis) -> npt.NDArray[np.float64]:
+    """How many elements of weights bear each label."""
+    reach = np.zeros(len(analysis.atoms))
+    for tensor in weights_of(analysis):
+        for labels in analysis.labellings(tensor):
+            repeat = math.prod(tensor.shape or ()) / labels.size
+            reach += repeat * np.bincount(labels.ravel(), minlength=len(reach))
+    reach[0] = 0
+    return reach
 
 
 def _weakest(group: Group, scores: Scores, keep: int) -> npt.NDArray[np.int32]:

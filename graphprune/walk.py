@@ -351,7 +351,9 @@ class Walk:
         # A rule knows how sizes follow from sizes, not from contents.
         shapes = None if _reads_contents(op) else rules.output_shapes(op)
         known_op = schema_of(op.op_type, op.version, op.domain) is not None
-        first = next((tensor.dtype for tensor in op.inputs if tensor is not None), None)
+        dtypes = [tensor.dtype for tensor in op.inputs if tensor is not None and tensor.dtype is not None]
+        # Foreign ops mostly return what they compute with: the first real type, before the type of an index.
+        first = next((dtype for dtype in dtypes if dtype.is_floating_point()), next(iter(dtypes), None))
         for k, tensor in enumerate(op.outputs):
             if tensor is None or tensor in self.types:
                 continue

@@ -23,20 +23,22 @@ def attention(op: Op) -> Description:
     rank = len(shape_of(op, 0))
     outputs = [tensor is not None for tensor in op.outputs]
     past = has_input(op, 4)
+    # Where it is causal, which query a position is counts.
+    s = "s!" if op.attributes.get("is_causal", 0) else "s"
     if rank == 4:
-        q, k, v = "b (k r) s d^", "b k t! d^", "b k t! e"
-        y = "b (k r) s e"
+        q, k, v = f"b (k r) {s} d^", "b k t! d^", "b k t! e"
+        y = f"b (k r) {s} e"
         if not past:
             known = {"k": shape_of(op, 1)[1]}
             if shape_of(op, 0)[1] % known["k"]:
                 return Refusal("its query heads are no multiple of its key heads")
     else:
-        q, k, v = "b s (k r d^)", "b t! (k d^)", "b t! (k e)"
-        y = "b s (k r e)"
+        q, k, v = f"b {s} (k r d^)", "b t! (k d^)", "b t! (k e)"
+        y = f"b {s} (k r e)"
     total = "u!" if past else "t!"
     mask = _mask(op, 3, ("b", "(k r)", "s", total))
     past_key, past_value = ("b k p! d^", "b k p! e") if past else ("?", "?")
-    inputs = [q, k, v, mask, past_key, past_value, "?"]
+    inputs = [q, k, v, mask, past_key, past_value, "b" if has_input(op, 6) else "?"]
     results = [y, f"b k {total} d", f"b k {total} e", f"b (k r) s {total}"]
     present = [text if there else "?" for text, there in zip(results, outputs, strict=False)]
     return f"{', '.join(inputs)} -> {', '.join(present)}"
@@ -113,16 +115,32 @@ def group_query_attention(op: Op) -> Description:
 
 
 def rotary(op: Op) -> Description:
-    """Pairs of head dimensions turn together, at angles shared by all heads: heads may go, dimensions not."""
+    """Pairs of head dimensions turn by angles d, which all heads share: heads may go, and pairs.
+
+    The two of a pair lie side by side where the op is interleaved, half a head apart where it is not. Where only some
+    of the dimensions turn, none of them may go.
+    """
+    foreign = op.domain == "com.microsoft"
     shape = shape_of(op, 0)
-    slots = ", ".join(["?"] * (len(op.inputs) - 1))
+    cos = shape_of(op, 2 if foreign else 1)
+    heads = int(op.attributes.get("num_heads", 0))
+    turned = int(op.attributes.get("rotary_embedding_dim", 0))
     if len(shape) == 4:
-        text = "b h s d!"
-    elif int(op.attributes.get("num_heads", 0)):
-        text = "b s (h d!)"
+        width = shape[3]
+    elif heads:
+        width = shape[2] // heads
+    elif foreign and not turned:
+        width = 2 * cos[-1]
     else:
         return Refusal("it does not say how many heads there are")
-    return f"{text}, {slots} -> {text}"
+    if turned in (0, width) and 2 * cos[-1] == width:
+        pair, table = ("d t!" if int(op.attributes.get("interleaved", 0)) else "t! d"), "d"
+    else:
+        pair, table = "d!", "_"
+    text = f"b h s ({pair})" if len(shape) == 4 else f"b s (h {pair})"
+    cache = " ".join(["_"] * (len(cos) - 1) + [table])
+    inputs = [text, "?", cache, cache] if foreign else [text, cache, cache, "?"]
+    return f"{', '.join(inputs[: len(op.inputs)])} -> {text}"
 
 
 register(

@@ -47,6 +47,8 @@ def resize_to(change: Change, slot: int, operand: Operand, axes: Sequence[int] |
 
 
 def reshape(op: Op) -> Description:
+    if 0 in shape_of(op, 0):
+        return Refusal("it has no elements")
     return ReshapeFlow(_INPUT, _OUTPUT, shape_of(op, 0), shape_of(op, 0, output=True))
 
 
@@ -332,13 +334,51 @@ def rewrite_gather(change: Change) -> None:
     change.set_input(1, before[chosen].reshape(new_places).astype(index.dtype))
 
 
-def gather_elements(op: Op) -> str:
+def _flat_positions(index: npt.NDArray[np.generic], size: int) -> Index:
+    """A literal index along one axis, flat and non-negative."""
+    flat = index.astype(np.int64).ravel()
+    return np.where(flat < 0, flat + size, flat)
+
+
+def _new_positions(change: Change, flat: Index, axis: int) -> Index:
+    """Where the positions that a literal index names lie now; those that went are left out."""
+    before, kept = ranks(change, _INPUT, axis)
+    if before.ndim > 1:
+        raise PlanError(f"{change.op.name!r}: its index would differ from row to row of axis {axis}")
+    return before[flat[kept[flat]]]
+
+
+def _same_everywhere(op: Op) -> npt.NDArray[np.generic] | None:
+    """The index of a GatherElements that is literal and differs along its axis only; None otherwise."""
+    data, index = shape_of(op, 0), known_data(op, 1)
+    axis = normal_axis(int(op.attributes.get("axis", 0)), len(data))
+    if index is None or index.size == 0:
+        return None
+    line = index[tuple(slice(None) if i == axis else slice(0, 1) for i in range(index.ndim))]
+    same_sizes = all(index.shape[i] == data[i] for i in range(len(data)) if i != axis)
+    return line.ravel() if same_sizes and bool((index == line).all()) else None
+
+
+def gather_elements(op: Op) -> Description:
     """Along one axis by computed indices; the others pass where data and indices have equal size."""
     data, index = shape_of(op, 0), shape_of(op, 1)
     axis = normal_axis(int(op.attributes.get("axis", 0)), len(data))
+    line = _same_everywhere(op)
+    if line is not None:
+        return _take(_INPUT, _OUTPUT, axis, _flat_positions(line, data[axis]), data[axis])
     source = ["v!" if i == axis else (f"x{i}" if data[i] == index[i] else f"w{i}!") for i in range(len(data))]
     target = ["i!" if i == axis else (f"x{i}" if data[i] == index[i] else f"y{i}!") for i in range(len(data))]
     return f"{' '.join(source)}, {' '.join(target)} -> {' '.join(target)}"
+
+
+def rewrite_gather_elements(change: Change) -> None:
+    line = _same_everywhere(change.op)
+    if line is None or (change.old(_INPUT) == change.new(_INPUT) and change.old(_OUTPUT) == change.new(_OUTPUT)):
+        return
+    axis = normal_axis(int(change.op.attributes.get("axis", 0)), len(change.old(_INPUT)))
+    flat = _new_positions(change, _flat_positions(line, change.old(_INPUT)[axis]), axis)
+    shape = [-1 if i == axis else 1 for i in range(len(change.new(_OUTPUT)))]
+    change.set_input(1, np.broadcast_to(flat.reshape(shape), change.new(_OUTPUT)).astype(line.dtype))
 
 
 def scatter_elements(op: Op) -> str:
@@ -350,9 +390,19 @@ def scatter_elements(op: Op) -> str:
     return f"{' '.join(source)}, {' '.join(update)}, {' '.join(update)} -> {' '.join(source)}"
 
 
-def gather_nd(op: Op) -> str:
+def _one_axis_index(op: Op) -> npt.NDArray[np.generic] | None:
+    """The index of a GatherND or ScatterND that is literal and names positions of the first axis; None otherwise."""
+    index = known_data(op, 1)
+    plain = int(op.attributes.get("batch_dims", 0)) == 0 and shape_of(op, 1)[-1:] == (1,)
+    return index if plain and index is not None and index.size else None
+
+
+def gather_nd(op: Op) -> Description:
     """Leading axes are looked up, trailing ones pass."""
     data, index = shape_of(op, 0), shape_of(op, 1)
+    literal = _one_axis_index(op)
+    if literal is not None:
+        return TakeFlow(_INPUT, _OUTPUT, 0, _flat_positions(literal, data[0]), data[0], index[:-1])
     batch, depth = int(op.attributes.get("batch_dims", 0)), index[-1]
     lead = [f"b{i}" for i in range(batch)]
     looked = [f"v{i}!" for i in range(depth)]
@@ -364,8 +414,25 @@ def gather_nd(op: Op) -> str:
     )
 
 
-def scatter_nd(op: Op) -> str:
+def rewrite_gather_nd(change: Change) -> None:
+    literal = _one_axis_index(change.op)
+    if literal is None or (change.old(_INPUT) == change.new(_INPUT) and change.old(_OUTPUT) == change.new(_OUTPUT)):
+        return
+    flat = _new_positions(change, _flat_positions(literal, change.old(_INPUT)[0]), 0)
+    places = change.new(_OUTPUT)[: literal.ndim - 1]
+    change.set_input(1, flat.reshape(*places, 1).astype(literal.dtype))
+
+
+def scatter_nd(op: Op) -> Description:
+    """Where the index is computed its axes are blocked; where it is literal, what is written goes with its place."""
     data, index = shape_of(op, 0), shape_of(op, 1)
+    literal = _one_axis_index(op)
+    update = Operand(False, 2)
+    if literal is not None and literal.ndim == 2:
+        return [
+            ReshapeFlow(_INPUT, _OUTPUT, data, data),
+            _take(_OUTPUT, update, 0, _flat_positions(literal, data[0]), data[0]),
+        ]
     depth = index[-1]
     looked = [f"v{i}!" for i in range(depth)]
     rest = [f"x{i}" for i in range(depth, len(data))]
@@ -374,13 +441,21 @@ def scatter_nd(op: Op) -> str:
     return f"{whole}, {' '.join([*places, '_'])}, {' '.join([*places, *rest])} -> {whole}"
 
 
+def rewrite_scatter_nd(change: Change) -> None:
+    literal = _one_axis_index(change.op)
+    if literal is None or literal.ndim != 2 or change.old(_INPUT) == change.new(_INPUT):
+        return
+    flat = _new_positions(change, _flat_positions(literal, change.old(_INPUT)[0]), 0)
+    change.set_input(1, flat.reshape(-1, 1).astype(literal.dtype))
+
+
 def tensor_scatter(op: Op) -> str:
     """A cache written along one axis."""
     rank = len(shape_of(op, 0))
     axis = normal_axis(int(op.attributes.get("axis", -2)), rank)
     cache = " ".join(f"x{i}!" if i == axis else f"x{i}" for i in range(rank))
     update = " ".join("u!" if i == axis else f"x{i}" for i in range(rank))
-    return f"{cache}, {update}, ? -> {cache}"
+    return f"{cache}, {update}, x0 -> {cache}"
 
 
 def pad_amounts(op: Op) -> tuple[list[int], list[int]] | None:
@@ -495,10 +570,10 @@ register("Concat", concat, layout=True)
 register("Split", split, rewrite=rewrite_split, layout=True)
 register("Slice", slice_, rewrite=rewrite_slice, layout=True)
 register("Gather", gather, rewrite=rewrite_gather, layout=True)
-register("GatherElements", gather_elements)
-register("GatherND", gather_nd)
+register("GatherElements", gather_elements, rewrite=rewrite_gather_elements)
+register("GatherND", gather_nd, rewrite=rewrite_gather_nd)
 register("ScatterElements Scatter", scatter_elements)
-register("ScatterND", scatter_nd)
+register("ScatterND", scatter_nd, rewrite=rewrite_scatter_nd)
 register("TensorScatter", tensor_scatter)
 register("Pad", pad, rewrite=rewrite_pad)
 register("Shape Size", shape_only, rewrite=restore_shape)

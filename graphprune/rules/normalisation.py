@@ -64,6 +64,8 @@ def batch_norm(op: Op) -> Description:
     outputs = ", ".join(["n c S*"] + ["c"] * (len(op.outputs) - 1))
     if len(shape_of(op, 0)) == 1:
         return f"n, ?, ?, ?, ? -> {', '.join(['n'] + ['?'] * (len(op.outputs) - 1))}"
+    if op.attributes.get("training_mode", 0):
+        return f"n~ c S~*, c, c, c, c -> {outputs.replace('n c S*', 'n~ c S~*')}"
     return f"n c S*, c, c, c, c -> {outputs}"
 
 

@@ -21,7 +21,7 @@ def recurrent(cell_state: bool, peepholes: bool) -> Callable[[Op], str]:
         state = "b D= h" if batch_first else "D= b h"
         y = "b S! D= h" if batch_first else "S! D= b h"
         recurrent_weight = "D= (q= h) _ | D= _ h^"
-        inputs = [x, "D= (q= h) i", recurrent_weight, "D= (p= q= h)", "?", state]
+        inputs = [x, "D= (q= h) i", recurrent_weight, "D= (p= q= h)", "b", state]
         inputs += [state] if cell_state else []
         inputs += ["D= (u= h)"] if peepholes else []
         outputs = [y, state] + ([state] if cell_state else [])

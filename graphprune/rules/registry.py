@@ -250,11 +250,12 @@ def output_shapes(op: Op) -> list[tuple[int, ...] | None] | None:
         signature = bind(pattern, inputs, [], _sizes(op, rule))
     except RuleError:
         return None
+    ranked = {term.starred for terms in pattern.inputs for term in terms if term.starred}
     shapes: list[tuple[int, ...] | None] = []
     for slot in range(len(op.outputs)):
         terms = pattern.outputs[slot] if slot < len(pattern.outputs) else ()
         shape: tuple[int, ...] | None = None
-        if terms and terms[0].axes is not None:
+        if terms and terms[0].axes is not None and (terms[0].starred is None or terms[0].starred in ranked):
             shape = _shape_of_term(terms[0].axes, terms[0].starred, signature.sizes)
         shapes.append(shape)
     return shapes

@@ -22,9 +22,13 @@ def resize(op: Op) -> Description:
     source = shape_of(op, 0)
     target = shape_of(op, 0) if not op.outputs or op.outputs[0] is None else shape_of(op, 0, output=True)
     inputs, outputs = [], []
+    # Where the aspect ratio is kept, the sizes of all axes that are named decide on the scale of each.
+    tied = str(op.attributes.get("keep_aspect_ratio_policy", "stretch")) != "stretch" and has_input(op, 3)
+    named = {int(a) % len(source) for a in op.attributes.get("axes", range(len(source)))} if tied else set()
     for i, (old, new) in enumerate(zip(source, target, strict=True)):
-        inputs.append(f"x{i}" if old == new and not _scaled(op, i) else f"x{i}!")
-        outputs.append(f"x{i}" if old == new and not _scaled(op, i) else f"y{i}!")
+        passes = old == new and not _scaled(op, i) and i not in named
+        inputs.append(f"x{i}" if passes else f"x{i}!")
+        outputs.append(f"x{i}" if passes else f"y{i}!")
     return f"{' '.join(inputs)}, ?, ?, ? -> {' '.join(outputs)}"
 
 
