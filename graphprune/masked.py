@@ -182,7 +182,7 @@ class _Masker:
             mask = self._masks.mask(tensor)
             anchor = _Anchor(self._splice, last)
             spread = new if mask is None else self._spread(anchor, new, tensor, mask)
-            chosen = anchor.insert("Where", [self._switch, old, spread], like=old)
+            chosen = self._choose(anchor, old, spread)
             for reader, index in readers:
                 reader.replace_input_with(index, chosen)
             for position, output in enumerate(graph.outputs):
@@ -190,6 +190,17 @@ class _Masker:
                     graph.outputs[position] = chosen
                     old.name, chosen.name = self._splice.fresh(f"{old.name}_unmasked"), old.name
             last = anchor.node
+
+    def _choose(self, anchor: _Anchor, old: ir.Value, spread: ir.Value) -> ir.Value:
+        """``old`` where the switch is on, else ``spread``."""
+        if old.dtype != ir.DataType.BOOL:
+            return anchor.insert("Where", [self._switch, old, spread], like=old)
+        # ONNX Runtime has no Where for bools.
+        off = anchor.insert("Not", [self._switch], like=self._switch)
+        parts = [
+            anchor.insert("And", [switch, value], like=old) for switch, value in ((self._switch, old), (off, spread))
+        ]
+        return anchor.insert("Or", parts, like=old)
 
     def _region(self, tensor: Tensor, mask: Mask) -> tuple[int, int]:
         """First and last axis on which a mask depends."""

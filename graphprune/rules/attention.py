@@ -137,10 +137,18 @@ def rotary(op: Op) -> Description:
         pair, table = ("d t!" if int(op.attributes.get("interleaved", 0)) else "t! d"), "d"
     else:
         pair, table = "d!", "_"
-    text = f"b h s ({pair})" if len(shape) == 4 else f"b s (h {pair})"
-    cache = " ".join(["_"] * (len(cos) - 1) + [table])
-    inputs = [text, "?", cache, cache] if foreign else [text, cache, cache, "?"]
-    return f"{', '.join(inputs[: len(op.inputs)])} -> {text}"
+    slot = 1 if foreign else 3
+    places, lead, s = "?", ["_"] * (len(cos) - 1), "s"
+    if not has_input(op, slot):
+        lead = ["b", "s"]
+    elif len(shape_of(op, slot)) == 2:
+        places = "b s"
+    else:
+        s = "s!"  # one offset for all: which position it is counts
+    text = f"b h {s} ({pair})" if len(shape) == 4 else f"b {s} (h {pair})"
+    cache = " ".join([*lead, table])
+    inputs = [text, places, cache, cache] if foreign else [text, cache, cache, places]
+    return f"{', '.join(inputs[: len(op.inputs)])} -> {text}", {"t": 2} if "t!" in pair else {"d": width}
 
 
 register(

@@ -29,6 +29,7 @@ def unstack(op: Op) -> Description:
     return f"{whole} -> {' '.join(factor for i, factor in enumerate(factors) if i != axis)}"
 
 
-register("graphprune::Join", join)
-register("graphprune::Stack", stack)
-register("graphprune::Unstack", unstack)
+# Layout, because labels must pass where a subgraph reads a constant.
+register("graphprune::Join", join, layout=True)
+register("graphprune::Stack", stack, layout=True)
+register("graphprune::Unstack", unstack, layout=True)

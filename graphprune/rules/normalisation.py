@@ -65,7 +65,7 @@ def batch_norm(op: Op) -> Description:
     if len(shape_of(op, 0)) == 1:
         return f"n, ?, ?, ?, ? -> {', '.join(['n'] + ['?'] * (len(op.outputs) - 1))}"
     if op.attributes.get("training_mode", 0):
-        return f"n~ c S~*, c, c, c, c -> {outputs.replace('n c S*', 'n~ c S~*')}"
+        return f"n! c S!*, c, c, c, c -> {outputs}"  # its statistics are the batch's
     return f"n c S*, c, c, c, c -> {outputs}"
 
 

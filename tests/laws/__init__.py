@@ -1,0 +1,1 @@
+"""Helpers of the tests that state laws: single ops with an open boundary, random graphs."""
