@@ -199,7 +199,7 @@ def _prune_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--no-verify", action="store_true", help="do not compare with the masked original")
     check.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="for random inputs and scores (default: 0)"
+        "--seed", type=_seed, default=0, metavar="N", help="for random inputs and scores (default: 0)"
     )
     return parser
 
@@ -231,6 +231,12 @@ def _input_shape(text: str) -> tuple[str, tuple[int, ...]]:
     return name, shape
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no non-negative integer")
+    return int(text)
+
+
 def _channels_for(text: str) -> tuple[str, float]:
     pattern, _, ratio = text.rpartition("=")
     try:
@@ -253,6 +259,8 @@ def _input_shapes(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 def _output_path(options: argparse.Namespace) -> Path:
     """Where the result goes; complains now rather than after the work."""
     source = Path(options.model)
+    if source.is_dir():
+        raise OptionError(f"{options.model}: a folder; give the .onnx file in it")
     target: Path = options.output or source.with_name(f"{source.stem}.pruned.onnx")
     for path, what in ((target, "output"), (options.plan_out, "plan")):
         if path is None:
@@ -307,16 +315,18 @@ def _calibration(path: Path | None) -> Mapping[str, np.ndarray[Any, Any]] | None
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if not isinstance(arrays, np.lib.npyio.NpzFile):
-                raise OptionError(
-                    f"--calib {str(path)!r} holds one bare array; save with numpy.savez(file, INPUT=array)"
-                )
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise OptionError(
-            f"--calib {str(path)!r} cannot be read: {error}; save it with numpy.savez"
-        ) from error
+        arrays = np.load(path, allow_pickle=False)
+        if isinstance(arrays, np.lib.npyio.NpzFile):
+            with arrays:
+                return {name: arrays[name] for name in arrays.files}
+        problem = "it holds one array without a name"
+    except OSError as error:
+        problem = str(error)
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        problem = "it is no .npz file of plain arrays"
+    raise OptionError(
+        f"cannot read --calib {str(path)!r}: {problem}; make it with numpy.savez(FILE, INPUT=array, ...)"
+    )
 
 
 # -- verbs ------------------------------------------------------------------------------------------------------

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from time import perf_counter
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -30,17 +31,16 @@ PATIENCE = 2.0
 WIDE = 160
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> NoReturn:
-        """Leave it to the command line, which knows the exit code (rich would end the process with 1)."""
-        raise BrokenPipeError
-
-
-def _console() -> Console:
-    console = _Console(highlight=False)
+def _show(*things: RenderableType) -> None:
+    """Render to stdout: in colour and to its width on a terminal, plainly elsewhere, without trailing blanks."""
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = WIDE
-    return console
+    with console.capture() as captured:
+        for thing in things:
+            console.print(thing, soft_wrap=isinstance(thing, str))
+    # Not through the console: it would end the process on a broken pipe.
+    sys.stdout.write(re.sub(r" +$", "", captured.get(), flags=re.MULTILINE))
 
 
 class Steps:
@@ -153,12 +153,8 @@ def print_report(report: Report, source: str, target: str, *, verified: bool) ->
     facts.add_row(
         "seconds", f"{report.seconds.get('total', 0.0):.2f}" + (f" [dim]({steps})[/]" if steps else "")
     )
-    console = _console()
-    console.print(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", soft_wrap=True)
-    console.print(table)
-    console.print(facts)
-    for note in report.notes:
-        console.print(f"[dim]note: {escape(note)}[/]", soft_wrap=True)
+    notes = [f"[dim]note: {escape(note)}[/]" for note in report.notes]
+    _show(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", table, facts, *notes)
 
 
 def _counts(report: Report) -> str:
@@ -215,7 +211,7 @@ def print_groups(groups: Sequence[Group], plan: Plan | None, *, members: bool) -
     table.add_column("size", justify="right", no_wrap=True)
     for heading in ("blocks", "parameters", "MACs"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("state", overflow="fold", ratio=1)
+    table.add_column("state", overflow="fold")
     for group in groups:
         size = f"{group.size} -> {kept[group.name]}" if group.name in kept else str(group.size)
         table.add_row(
@@ -229,20 +225,15 @@ def print_groups(groups: Sequence[Group], plan: Plan | None, *, members: bool) -
         if members:
             for member in group.members:
                 table.add_row(f"  [dim]{escape(f'{member.tensor}[{member.axis}]')} {member.role}[/]")
-    console = _console()
-    console.print(table)
     free = sum(not g.frozen and not g.statistical for g in groups)
     statistical = sum(bool(g.statistical) and not g.frozen for g in groups)
-    console.print(
-        f"{len(groups)} groups: {free} free, {statistical} statistical, {len(groups) - free - statistical} frozen"
-    )
+    frozen = len(groups) - free - statistical
+    _show(table, f"{len(groups)} groups: {free} free, {statistical} statistical, {frozen} frozen")
 
 
 def print_notes(network: Network) -> None:
     """What could not be worked out."""
-    console = _console()
-    for name, reason in network.analysis.graph.notes:
-        console.print(f"[dim]note: {escape(f'{name}: {reason}')}[/]", soft_wrap=True)
+    _show(*(f"[dim]note: {escape(f'{name}: {reason}')}[/]" for name, reason in network.analysis.graph.notes))
 
 
 def network_to_dict(network: Network, source: str) -> dict[str, Any]:
