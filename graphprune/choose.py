@@ -183,8 +183,8 @@ def _without_overlaps(
     for component in networkx.connected_components(conflicts):
         ways = _independent(conflicts.subgraph(component), groups)
         reached = [sum(float(reach[groups[i].labels].sum()) for i in way) for way in ways]
-        good = [way for way, r in zip(ways, reached, strict=True) if r >= COVERED * max(reached)]
-        kept |= max(good, key=lambda way: (sum(groups[i].size for i in way), sorted(way)))
+        good = [(way, r) for way, r in zip(ways, reached, strict=True) if r >= COVERED * max(reached)]
+        kept |= max(good, key=lambda pair: (sum(groups[i].size for i in pair[0]), pair[1], sorted(pair[0])))[0]
     return {index: gone for index, gone in candidates.items() if index in kept or index in named}
 
 

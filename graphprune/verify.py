@@ -73,8 +73,8 @@ def _index_limit(tensor: Tensor) -> int:
     while todo:
         current = todo.pop()
         for op, slot in current.uses:
-            if op.op_type in ("Gather", "EmbedLayerNormalization") and (slot == 1 or op.op_type[0] == "E"):
-                table = op.inputs[0] if op.op_type == "Gather" else op.inputs[2 + slot]
+            if op.op_type in ("Gather", "EmbedLayerNormalization") and (slot == 1 or (slot == 0 and op.op_type != "Gather")):
+                table = op.inputs[0] if op.op_type == "Gather" else op.inputs[2 + 2 * slot]
                 axis = int(op.attributes.get("axis", 0)) if op.op_type == "Gather" else 0
                 if table is not None and table.shape:
                     limit = min(limit or table.shape[axis], table.shape[axis])

@@ -22,10 +22,11 @@ import numpy.typing as npt
 from graphprune.errors import RuleError
 from graphprune.flow import Flow, Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
-from graphprune.signature import bind, parse
+from graphprune.signature import Pattern, bind, parse
 
-#: What a rule's function may return: a signature's text, flows, or a refusal.
-Description: TypeAlias = "str | Flow | Sequence[Flow] | Refusal"
+#: What a rule's function may return: a signature's text, with factor sizes where they do not follow from the shapes;
+#: flows; or a refusal.
+Description: TypeAlias = "str | tuple[str, Mapping[str, int]] | Flow | list[Flow] | Refusal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,23 +214,41 @@ def _sizes(op: Op, rule: Rule) -> dict[str, int]:
     return sizes
 
 
+def _described(op: Op, rule: Rule) -> tuple[str | Flow | list[Flow] | Refusal, dict[str, int]]:
+    """What a rule says of an op, and the factor sizes known beforehand."""
+    found = rule.describe if isinstance(rule.describe, str) else rule.describe(op)
+    if isinstance(found, tuple):
+        return found[0], {**_sizes(op, rule), **found[1]}
+    return found, _sizes(op, rule)
+
+
+def _unknown(op: Op, pattern: Pattern | None) -> Tensor | None:
+    """An operand of unknown shape; those of which a signature says nothing may be so."""
+    for tensors, said in ((op.inputs, pattern.inputs if pattern else ()), (op.outputs, pattern.outputs if pattern else ())):
+        for slot, tensor in enumerate(tensors):
+            silent = slot < len(said) and all(term.axes is None for term in said[slot])
+            if tensor is not None and tensor.shape is None and not silent:
+                return tensor
+    return None
+
+
 def flows_of(op: Op) -> list[Flow] | Refusal:
     """How labels flow through an op; a refusal where nothing may be removed."""
     rule = find_rule(op)
     if rule is None:
         return Refusal(f"there is no rule for {op.kind}")
-    for tensor in (*op.inputs, *op.outputs):
-        if tensor is not None and tensor.shape is None:
-            return Refusal(f"the shape of {tensor.name!r} is not known")
     try:
-        found = rule.describe if isinstance(rule.describe, str) else rule.describe(op)
+        found, sizes = _described(op, rule)
+        unknown = _unknown(op, parse(found) if isinstance(found, str) else None)
+        if unknown is not None and not isinstance(found, Refusal):
+            return Refusal(f"the shape of {unknown.name!r} is not known")
         if isinstance(found, str):
-            return [signature_flow(op, found, _sizes(op, rule))]
+            return [signature_flow(op, found, sizes)]
     except RuleError as error:
         return Refusal(str(error))
     if isinstance(found, Refusal):
         return found
-    return list(found) if isinstance(found, Sequence) else [found]
+    return found if isinstance(found, list) else [found]
 
 
 def output_shapes(op: Op) -> list[tuple[int, ...] | None] | None:
@@ -242,12 +261,12 @@ def output_shapes(op: Op) -> list[tuple[int, ...] | None] | None:
         return None
     unknown = Op(op.op_type, op.domain, op.version, op.attributes, op.inputs, [None] * len(op.outputs), op.node)
     try:
-        text = rule.describe if isinstance(rule.describe, str) else rule.describe(unknown)
+        text, sizes = _described(unknown, rule)
         if not isinstance(text, str):
             return None
         pattern = parse(text)
         inputs = [None if tensor is None else tensor.shape for tensor in op.inputs]
-        signature = bind(pattern, inputs, [], _sizes(op, rule))
+        signature = bind(pattern, inputs, [], sizes)
     except RuleError:
         return None
     ranked = {term.starred for terms in pattern.inputs for term in terms if term.starred}

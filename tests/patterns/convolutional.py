@@ -23,7 +23,7 @@ def plain_chain(b: Builder) -> None:
 
 
 # Through the transpose a position of one grouped conv's group becomes a whole group of the next, so whole groups go.
-@pattern("stem.w:0 g1.w:0 g1.w:1 bn.var:0 g2.w:0 g2.b:0 head.w:1")
+@pattern("stem.w:0 g1.w:0 bn.var:0 g2.w:0 g2.b:0 head.w:1")
 def shuffle_grouped(b: Builder) -> None:
     x = b.conv("g1", b.stem(16), 16, 16, group=4)
     x = shuffle(b, b.relu(b.batch_norm("bn", x, 16)), 16, 4)
