@@ -112,7 +112,7 @@ def _prune_once(
     except Exception as problem:
         return {**result, **_line(problem)}
     else:
-        result.update(exact=True, error=float(report.max_error))
+        result.update(exact=True, error=_error_of(report))
     result["total_seconds"] = round(time.perf_counter() - began, 3)
     result.update(_figures(report))
     try:
@@ -121,20 +121,46 @@ def _prune_once(
     except Exception as problem:
         result.update(_line(problem))
     if description["dynamic"] and result["valid"] and result["exact"]:
-        result.update(_compare_at_sizes(path, pruned, report.plan, sizes))
+        same = {"residual": residual, "input_shapes": shapes}
+        result.update(_compare_at_sizes(path, report.plan, same, description["inputs"], sizes))
     return result
 
 
-def _compare_at_sizes(path: Path, pruned: Any, plan: Any, sizes: Sequence[Shapes]) -> dict[str, Any]:
-    """Pruned against masked original at every size of `sizes`, by graphprune's own comparison."""
-    from graphprune import verify
+def _compare_at_sizes(
+    path: Path, plan: Any, options: Mapping[str, Any], inputs: Mapping[str, Any], sizes: Sequence[Shapes]
+) -> dict[str, Any]:
+    """Pruned against masked original at every size of `sizes`: one plan, carried out and verified on such inputs."""
+    import graphprune
 
     errors: list[float] = []
     try:
-        errors.extend(float(verify.compare(str(path), pruned, plan, input_shapes=s)) for s in sizes)
+        for seed, shapes in enumerate(sizes):
+            feeds = _feeds(inputs, shapes, seed)
+            _, report = graphprune.prune(str(path), plan=plan, calibration=feeds, **options)
+            errors.append(_error_of(report))
     except Exception as problem:
         return {"exact": False, "sizes": errors, **_line(problem)}
     return {"exact": max(errors) <= corpus_report.TOLERANCE, "sizes": errors, "error": max(errors)}
+
+
+def _error_of(report: Any) -> float:
+    if report.max_error is None:
+        raise ValueError("the report has no result of verification")
+    return float(report.max_error)
+
+
+def _feeds(inputs: Mapping[str, Any], shapes: Shapes, seed: int) -> dict[str, Any]:
+    """Seeded inputs of the given shapes: normal reals, or integers below the bound in the description."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    bounds = {name: inputs[name]["integers_below"] for name in shapes}
+    return {
+        name: random.integers(2, bounds[name], shape)
+        if bounds[name]
+        else random.standard_normal(shape).astype(np.float32)
+        for name, shape in shapes.items()
+    }
 
 
 def _figures(report: Any) -> dict[str, Any]:
@@ -177,18 +203,9 @@ def _run(model: Any, inputs: Mapping[str, Any], sizes: Sequence[Shapes]) -> Outp
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
-    random = np.random.default_rng(0)
     found: Outputs = []
     for shapes in sizes:
-        feeds = {}
-        for name, shape in shapes.items():
-            bound = inputs[name]["integers_below"]
-            feeds[name] = (
-                random.integers(2, bound, shape)
-                if bound
-                else random.standard_normal(shape).astype(np.float32)
-            )
-        values = session.run(None, feeds)
+        values = session.run(None, _feeds(inputs, shapes, 0))
         if not all(np.isfinite(v).all() for v in values):
             raise ValueError("an output is not finite")
         found.append([(n, v.shape, str(v.dtype)) for n, v in zip(names, values, strict=True)])

@@ -196,6 +196,8 @@ def export(network: Network, exporter: str, dynamic: bool, target: Path) -> dict
     import torch
 
     torch.manual_seed(0)
+    # The fused kernels of nn.MultiheadAttention and nn.TransformerEncoder have no ONNX form.
+    torch.backends.mha.set_fastpath_enabled(False)
     model = network.build().eval()
     for value in model.parameters():
         value.requires_grad_(False)
