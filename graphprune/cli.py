@@ -288,21 +288,24 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    from graphprune.choose import Request
-
-    ratios = dict(options.channels_for)
-    if options.plan is not None:
-        if options.channels is not None or ratios or options.include or options.exclude:
-            raise OptionError(
-                "--plan says what goes; leave out --channels, --channels-for, --include and --exclude"
-            )
-        return Request()
-    if options.channels is None and not ratios:
+    given = options.channels is not None or options.channels_for or options.include or options.exclude
+    if options.plan is not None and given:
+        raise OptionError(
+            "--plan says what goes; leave out --channels, --channels-for, --include and --exclude"
+        )
+    if options.plan is None and options.channels is None and not options.channels_for:
         raise OptionError(
             "say what to remove: --channels RATIO (such as 0.3), --channels-for GLOB=RATIO, or --plan FILE"
         )
+    from graphprune.choose import Request
+
     return Request(
-        options.channels or 0.0, options.round_to, options.residual, options.include, options.exclude, ratios
+        options.channels or 0.0,
+        options.round_to,
+        options.residual,
+        options.include,
+        options.exclude,
+        dict(options.channels_for),
     )
 
 
