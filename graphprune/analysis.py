@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,22 @@ from graphprune.labels import MAX_ELEMENTS, Atoms, Colouring, Labels, distinct, 
 from graphprune.rules.registry import Refusal, find_rule, flows_of, tensor_at
 from graphprune.signature import Role, Signature, View
 
-Spread = TypeVar("Spread", bound=npt.NDArray[Any])
 #: Takes an array that broadcasts against a tensor to the part that an op sees; None where it sees nothing of it.
 Partial: TypeAlias = Callable[[npt.NDArray[Any]], "npt.NDArray[Any] | None"]
 
 #: Labellings that one tensor may bear. Five is the most that was seen on 230 exported networks.
 MAX_LABELLINGS = 12
+
+
+class Origin(NamedTuple):
+    """The flow that brought a labelling to an operand of an op: it learns nothing when it is told in return."""
+
+    op: Op
+    operand: Operand
+    flow: Flow
+
+    def is_at(self, op: Op, operand: Operand, flow: Flow) -> bool:
+        return self.op is op and self.flow is flow and self.operand == operand
 
 
 class Analysis:
@@ -47,10 +57,10 @@ class Analysis:
         self.atoms = Atoms()
         self.colourings: dict[Tensor, Colouring] = {}
         self._open = open_boundary
-        self._carried: dict[Tensor, list[Labels]] = {}
         self._waiting: set[Tensor] = set()
         self._queue: list[tuple[int, int, Tensor]] = []
         self._ticket = 0
+        self._where = [f"{op.kind} {op.name!r}" for op in graph.ops]
         self.flows: list[list[Flow] | Refusal] = [self._flows_of(op) for op in graph.ops]
         self._flow_at: list[dict[Operand, list[Flow]]] = [self._index(flows) for flows in self.flows]
         self._seed_weights()
@@ -82,18 +92,20 @@ class Analysis:
 
     def is_leaf(self, op: Op) -> bool:
         """True if the op's outputs are computed from constants and pruned as constants."""
-        return not self.flows[op.index] and bool(op.inputs) and all(t is None or t.constant for t in op.inputs)
+        return (
+            not self.flows[op.index] and bool(op.inputs) and all(t is None or t.constant for t in op.inputs)
+        )
 
     # -- adding labels ------------------------------------------------------------------------------------------
 
-    def _add(self, tensor: Tensor, labels: Labels) -> None:
+    def _add(self, tensor: Tensor, labels: Labels, origin: Origin | None = None) -> None:
         if tensor.shape is None:
             self.atoms.freeze(labels, f"the shape of {tensor.name!r} is not known")
             return
         colouring = self.colourings.get(tensor)
         if colouring is None:
             colouring = self.colourings[tensor] = Colouring(tensor.shape)
-        if not colouring.add(self.atoms, labels, MAX_LABELLINGS):
+        if not colouring.add(self.atoms, labels, MAX_LABELLINGS, origin):
             return
         self._freeze_at_border(tensor, colouring.labellings)
         if tensor not in self._waiting:
@@ -118,36 +130,39 @@ class Analysis:
         while self._queue:
             _, _, tensor = heapq.heappop(self._queue)
             self._waiting.discard(tensor)
-            before, now = self._carried.get(tensor, ()), list(self.colourings[tensor].labellings)
-            self._carried[tensor] = now
-            for labels in now:
-                if not any(labels is known for known in before):
-                    self._push(tensor, labels)
+            self._push(tensor, self.colourings[tensor])
 
-    def _push(self, tensor: Tensor, labels: Labels) -> None:
-        labels = self.atoms.find(labels)
-        if self.atoms.all_frozen(labels):
-            return
-        for op, operand in operands_of(tensor):
-            for target, carried in self.pushed(op, operand, labels):
-                other = tensor_at(op, target)
-                if other is not None:
-                    self._add(other, carried)
+    def _push(self, tensor: Tensor, colouring: Colouring) -> None:
+        """Carry on what the ops around a tensor do not know yet."""
+        for entry in list(colouring.entries):
+            colouring.refresh(self.atoms)
+            if entry.carried:
+                continue
+            entry.carried = True
+            if self.atoms.all_frozen(entry.labels):
+                continue
+            for op, operand in operands_of(tensor):
+                self._push_through(op, operand, entry.labels, entry.origin)
 
-    def pushed(self, op: Op, operand: Operand, labels: Labels) -> Iterator[tuple[Operand, Labels]]:
+    def _push_through(self, op: Op, operand: Operand, labels: Labels, origin: object) -> None:
         """Carry a labelling of one operand of an op to the op's other operands."""
         flows = self.flows[op.index]
-        where = f"{op.kind} {op.name!r}"
+        if not flows and self.is_leaf(op):
+            return
+        where = self._where[op.index]
         if isinstance(flows, Refusal):
             self.atoms.freeze(labels, f"{where}: {flows.reason}")
-            return
-        if self.is_leaf(op):
             return
         at = self._flow_at[op.index].get(operand, ())
         if not at:
             self.atoms.freeze(labels, f"{where}: nothing may be removed from its {_spell(operand)}")
         for flow in at:
-            yield from flow.push(self.atoms, operand, labels, where)
+            if isinstance(origin, Origin) and origin.is_at(op, operand, flow):
+                continue
+            for target, carried in flow.push(self.atoms, operand, labels, where):
+                other = tensor_at(op, target)
+                if other is not None:
+                    self._add(other, carried, Origin(op, target, flow) if flow.reversible else None)
 
     # -- seeds --------------------------------------------------------------------------------------------------
 
@@ -179,7 +194,9 @@ class Analysis:
                 made = [
                     name
                     for name in view.factors
-                    if signature.role(name) is Role.PASS and name not in view.summed and tensor.shape is not None
+                    if signature.role(name) is Role.PASS
+                    and name not in view.summed
+                    and tensor.shape is not None
                 ]
                 if made:
                     self._seed(op, signature, view, made)
@@ -210,7 +227,7 @@ class Analysis:
                 others = tuple(i for i in range(spread.ndim) if i != index)
                 covered |= (spread > 0).all(axis=others)
         gaps = np.flatnonzero(~covered)
-        if 1 < len(gaps):
+        if len(gaps) > 1:
             labels = np.zeros(len(covered), dtype=np.int32)
             labels[gaps] = self.atoms.new(len(gaps))
             shape = [len(covered) if i == index else 1 for i in range(len(view.factors))]
@@ -274,8 +291,7 @@ class Analysis:
             for tensor, colouring in list(self.colourings.items()):
                 colouring.tidy(self.atoms)
                 self._freeze_at_border(tensor, colouring.labellings)
-                for labels in colouring.labellings:
-                    self._push(tensor, labels)
+                self._push(tensor, colouring)
             self._run()
             if self.atoms.events == events:
                 return
@@ -285,7 +301,10 @@ class Analysis:
     def labellings(self, tensor: Tensor) -> list[Labels]:
         """The labellings of a tensor, representatives."""
         colouring = self.colourings.get(tensor)
-        return [] if colouring is None else [self.atoms.find(labels) for labels in colouring.labellings]
+        if colouring is None:
+            return []
+        colouring.refresh(self.atoms)
+        return colouring.labellings
 
     def partial_labellings(self) -> Iterator[tuple[Tensor, Partial, Labels]]:
         """Labellings of tensors as ops see them in parts, which must be boxes too.
@@ -325,7 +344,7 @@ def parts_of(flow: Flow, operand: Operand) -> Iterator[Partial]:
             yield from parts_of(step, operand)
 
 
-def _leading(axis: int, stop: int, array: Spread) -> Spread | None:
+def _leading(axis: int, stop: int, array: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
     return array[(slice(None),) * axis + (slice(0, stop),)] if array.shape[axis] > 1 else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol
 
@@ -30,10 +31,16 @@ class Operand(NamedTuple):
 class Flow(Protocol):
     """A relation between operands of one op along which labels move."""
 
+    @property
+    def reversible(self) -> bool:
+        """True if a labelling that the flow made of another tells it nothing when it is pushed back."""
+
     def operands(self) -> tuple[Operand, ...]:
         """The operands that the flow relates."""
 
-    def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+    def push(
+        self, atoms: Atoms, source: Operand, labels: Labels, where: str
+    ) -> Iterator[tuple[Operand, Labels]]:
         """Carry a labelling of ``source`` to the other operands.
 
         Args:
@@ -51,21 +58,42 @@ def _too_large(atoms: Atoms, labels: Labels, shape: tuple[int, ...], where: str)
     return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SignatureFlow:
     """Labels move along the factors that two operands share."""
 
     signature: Signature
 
-    def operands(self) -> tuple[Operand, ...]:
-        return tuple({Operand(view.is_output, view.slot): None for view in self.signature.views})
+    @cached_property
+    def reversible(self) -> bool:
+        views = self.signature.views
+        return len({(view.is_output, view.slot) for view in views}) == len(views) and not any(
+            self.signature.role(name) is Role.PASS for view in views for name in view.summed
+        )
 
+    @cached_property
+    def _views(self) -> tuple[tuple[Operand, View], ...]:
+        return tuple((Operand(view.is_output, view.slot), view) for view in self.signature.views)
+
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(dict.fromkeys(operand for operand, _ in self._views))
+
+<<<<<<< new/graphprune/flow.py
     def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+        for operand, view in self._views:
+            if operand == source:
+=======
+    def push(
+        self, atoms: Atoms, source: Operand, labels: Labels, where: str
+    ) -> Iterator[tuple[Operand, Labels]]:
         for view in self.signature.views:
             if (view.is_output, view.slot) == source:
+>>>>>>> /work/main/graphprune/flow.py
                 yield from self._push_view(atoms, view, labels, where)
 
-    def _push_view(self, atoms: Atoms, view: View, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+    def _push_view(
+        self, atoms: Atoms, view: View, labels: Labels, where: str
+    ) -> Iterator[tuple[Operand, Labels]]:
         by_factor = self.to_factors(atoms, view, labels, where)
         if by_factor is None:
             return
@@ -78,12 +106,13 @@ class SignatureFlow:
         own = names[varying[-1]]
         role = self.signature.role(own)
         if role in (Role.BLOCKED, Role.SEPARATE):
-            atoms.freeze(by_factor, f"{where}: nothing may be removed along {own!r} of {self.signature.text!r}")
+            atoms.freeze(
+                by_factor, f"{where}: nothing may be removed along {own!r} of {self.signature.text!r}"
+            )
             return
         if role is Role.NORMALISED:
             atoms.mark_statistical(by_factor, f"{where}: normalised over {own!r} of {self.signature.text!r}")
-        for target in self.signature.views:
-            operand = Operand(target.is_output, target.slot)
+        for operand, target in self._views:
             if target is view or own not in target.factors:
                 continue
             carried = self._collapse(atoms, by_factor, names, own, target)
@@ -91,7 +120,7 @@ class SignatureFlow:
             if built is None:
                 atoms.freeze(labels, f"labels at {where} would take more than {MAX_ELEMENTS:,} elements")
                 return
-            yield operand, atoms.find(built)
+            yield operand, built
 
     def to_factors(self, atoms: Atoms, view: View, labels: Labels, where: str) -> Labels | None:
         """Spread an operand's labelling over the view's factors: one dimension a factor, in the view's order."""
@@ -139,7 +168,9 @@ class SignatureFlow:
             if (other.is_output, other.slot) == (view.is_output, view.slot)
         )
 
-    def _collapse(self, atoms: Atoms, labels: Labels, names: tuple[str, ...], own: str, target: View) -> Labels:
+    def _collapse(
+        self, atoms: Atoms, labels: Labels, names: tuple[str, ...], own: str, target: View
+    ) -> Labels:
         """Unite along each factor on which the labels may not depend in the target."""
         order = target.factors
         for index, name in enumerate(names):
@@ -153,13 +184,13 @@ class SignatureFlow:
 
     def from_factors(self, labels: Labels, names: tuple[str, ...], target: View) -> Labels | None:
         """Build the target's labelling from an array with one dimension a factor of ``names``."""
-        order = target.factors
-        present = [names.index(name) if name in names else -1 for name in order]
-        moved = labels.transpose(
-            [p for p in present if p >= 0] + [i for i in range(len(names)) if i not in present]
-        )
+        present = [names.index(name) if name in names else -1 for name in target.factors]
         kept = [labels.shape[p] if p >= 0 else 1 for p in present]
-        array = moved.reshape(kept)  # the factors that the target lacks have size 1 by now
+        if sum(size > 1 for size in kept) > 1:  # otherwise there is no order to change
+            labels = labels.transpose(
+                [p for p in present if p >= 0] + [i for i in range(len(names)) if i not in present]
+            )
+        array = labels.reshape(kept)  # the factors that the target lacks have size 1 by now
         full: list[int] = []
         final: list[int] = []
         position = 0
@@ -176,11 +207,13 @@ class SignatureFlow:
                 final.append(prod(sizes))
         if prod(full) > MAX_ELEMENTS:
             return None
-        array = np.broadcast_to(array, full).reshape(final)
+        if full != kept:
+            array = np.broadcast_to(array, full)
+        array = array.reshape(final)
         for index, axis in enumerate(target.axes):
             if axis.take is not None:
                 array = self._embed(array, index, axis.take, target)
-        return compress(array)
+        return array
 
     def _embed(self, array: Labels, index: int, take: tuple[int, int], target: View) -> Labels:
         """Place a view of some positions of an axis into the whole axis; the other positions bear no label."""
@@ -201,7 +234,7 @@ def _axis_slice(axis: int, what: Any) -> tuple[Any, ...]:
     return (slice(None),) * axis + (what,)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TakeFlow:
     """``target = source.take(index, axis)``; -1 in the index is a position that no source position fills.
 
@@ -225,12 +258,18 @@ class TakeFlow:
         return (self.source, self.target)
 
     @property
+    def reversible(self) -> bool:
+        return self.monotone
+
+    @cached_property
     def monotone(self) -> bool:
         """True if the order of positions is kept and none is repeated."""
         used = self.index[self.index >= 0]
         return bool((np.diff(used) > 0).all())
 
-    def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+    def push(
+        self, atoms: Atoms, source: Operand, labels: Labels, where: str
+    ) -> Iterator[tuple[Operand, Labels]]:
         if source == self.target:
             yield self.source, self._backward(atoms, self._uniform(atoms, self._joined(labels)))
         if source == self.source:
@@ -298,10 +337,16 @@ class ChainFlow:
 
     steps: tuple[TakeFlow, ...]
 
+    @property
+    def reversible(self) -> bool:
+        return all(step.reversible for step in self.steps)
+
     def operands(self) -> tuple[Operand, ...]:
         return self.steps[0].operands()
 
-    def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+    def push(
+        self, atoms: Atoms, source: Operand, labels: Labels, where: str
+    ) -> Iterator[tuple[Operand, Labels]]:
         forward = source == self.steps[0].source
         operand = source
         for step in self.steps if forward else self.steps[::-1]:
@@ -318,10 +363,16 @@ class ReshapeFlow:
     source_shape: tuple[int, ...]
     target_shape: tuple[int, ...]
 
+    @property
+    def reversible(self) -> bool:
+        return True
+
     def operands(self) -> tuple[Operand, ...]:
         return (self.source, self.target)
 
-    def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
+    def push(
+        self, atoms: Atoms, source: Operand, labels: Labels, where: str
+    ) -> Iterator[tuple[Operand, Labels]]:
         if source == self.source:
             yield from self._push(atoms, self.source_shape, self.target_shape, self.target, labels, where)
         if source == self.target:

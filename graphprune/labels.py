@@ -12,6 +12,8 @@ The last axis along which labels vary is the labelling's *own* axis: the one tha
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,8 @@ class Atoms:
         self._reasons = [""]
         #: Counts unions and freezes; unchanged means that nothing was learnt.
         self.events = 0
+        #: Counts unions; unchanged means that what was a representative still is one.
+        self.unions = 0
 
     def __len__(self) -> int:
         return self._size
@@ -55,10 +59,10 @@ class Atoms:
 
     def find(self, labels: Labels) -> Labels:
         """Return the representative of each label; same shape."""
-        roots = self._parent[labels]
+        roots = self._parent.take(labels)
         while True:
-            above = self._parent[roots]
-            if np.array_equal(above, roots):
+            above = self._parent.take(roots)
+            if (above == roots).all():
                 return roots
             self._parent[labels] = above
             roots = above
@@ -77,6 +81,7 @@ class Atoms:
                 return
             low, high = np.minimum(a[differ], b[differ]), np.maximum(a[differ], b[differ])
             self.events += 1
+            self.unions += 1
             # Of several candidates for one root the smallest wins; what is not yet united is so in the next round.
             np.minimum.at(self._parent, high, low)
             roots = self.find(high)
@@ -129,10 +134,13 @@ class Atoms:
 def compress(labels: Labels) -> Labels:
     """Reduce to size 1 each axis along which the array is constant."""
     for axis, size in enumerate(labels.shape):
-        if size > 1:
-            first = labels.take([0], axis=axis)
+        if size > 1 and labels.size:
+            last = (0,) * axis + (-1,) + (0,) * (labels.ndim - axis - 1)
+            if labels[last] != labels[(0,) * labels.ndim]:
+                continue  # the usual case
+            first = labels[(slice(None),) * axis + (slice(0, 1),)]
             if (labels == first).all():
-                labels = first
+                labels = first.copy()  # a view would keep the whole array alive
     return labels
 
 
@@ -143,6 +151,8 @@ def varying_axes(labels: Labels) -> tuple[int, ...]:
     tells labelled from unlabelled elements is returned alone.
     """
     full = [axis for axis, size in enumerate(labels.shape) if size > 1]
+    if len(full) < 2:
+        return tuple(full)
     lows = np.where(labels == 0, np.iinfo(np.int32).max, labels)
     axes = tuple(a for a in full if (labels.max(axis=a) > lows.min(axis=a)).any())
     return axes or tuple(full[-1:])
@@ -161,29 +171,30 @@ def unite_identical(atoms: Atoms, left: Labels, right: Labels) -> None:
     """Unite each label of ``left`` with the label of ``right`` that covers the same elements, if there is one."""
     if not any(a > 1 and b > 1 for a, b in zip(left.shape, right.shape, strict=True)):
         return  # they vary along different axes: no label of one covers just what a label of the other does
-    shape = np.broadcast_shapes(left.shape, right.shape)
-    if int(np.prod(shape)) > MAX_ELEMENTS:
+    shape = _common_shape(left, right)
+    if prod(shape) > MAX_ELEMENTS:
         return
     a = np.broadcast_to(left, shape).ravel()
     b = np.broadcast_to(right, shape).ravel()
-    if _bijective(a, b):  # the usual case, at a tenth of the price
-        atoms.union(a, b)
-        return
-    a_labels, a_index, a_counts = np.unique(a, return_inverse=True, return_counts=True)
-    b_labels, b_index, b_counts = np.unique(b, return_inverse=True, return_counts=True)
-    code = a_index.astype(np.int64) * len(b_labels) + b_index
-    pairs, counts = np.unique(code, return_counts=True)
-    i, j = pairs // len(b_labels), pairs % len(b_labels)
-    same = (counts == a_counts[i]) & (counts == b_counts[j])
-    atoms.union(a_labels[i[same]], b_labels[j[same]])
+    same = _alone(a, b) & _alone(b, a)
+    atoms.union(a[same], b[same])
 
 
-def _bijective(a: Labels, b: Labels) -> bool:
-    """True if equal labels of one array meet equal labels of the other, both ways, at the same elements."""
-    size = int(max(a.max(), b.max())) + 1
-    forth, back = np.zeros(size, dtype=np.int32), np.zeros(size, dtype=np.int32)
-    forth[a], back[b] = b, a
-    return bool((forth[a] == b).all() and (back[b] == a).all() and ((a > 0) == (b > 0)).all())
+def _alone(a: Labels, b: Labels) -> npt.NDArray[np.bool_]:
+    """For each element whether all elements with its label in ``a`` bear one label in ``b``."""
+    met = np.zeros(int(a.max()) + 1, dtype=np.int32)
+    met[a] = b
+    other = met[a] != b
+    if not other.any():
+        return np.ones(a.shape, dtype=bool)
+    several = np.zeros(len(met), dtype=bool)
+    several[a[other]] = True
+    result: npt.NDArray[np.bool_] = ~several[a]
+    return result
+
+
+def _common_shape(left: Labels, right: Labels) -> tuple[int, ...]:
+    return tuple(max(a, b) for a, b in zip(left.shape, right.shape, strict=True))
 
 
 def merged(left: Labels, right: Labels) -> Labels | None:
@@ -191,65 +202,117 @@ def merged(left: Labels, right: Labels) -> Labels | None:
 
     Two that speak of different elements (pieces of a Concat) are joined when they shrink the same axis.
     """
-    shape = np.broadcast_shapes(left.shape, right.shape)
-    if int(np.prod(shape)) > MAX_ELEMENTS:
+    first = (0,) * left.ndim
+    if 0 != left[first] != right[first] != 0:
+        return None  # the usual case: heads and head dimensions
+    shape = _common_shape(left, right)
+    if prod(shape) > MAX_ELEMENTS:
         return None
     a, b = np.broadcast_to(left, shape), np.broadcast_to(right, shape)
     both = (a > 0) & (b > 0)
     if both.any():
-        if not np.array_equal(a[both], b[both]):
+        if ((a != b) & both).any():
             return None
     elif varying_axes(left)[-1:] != varying_axes(right)[-1:]:
         return None
-    return compress(np.where(a > 0, a, b))
+    return compress(np.maximum(a, b))
+
+
+@dataclass(eq=False, slots=True)
+class Labelling:
+    """One labelling of a tensor, and how far it has been carried.
+
+    Attributes:
+        labels: Representatives, compressed.
+        origin: What brought it here; None where it was seeded, or joined from several.
+        carried: The ops around the tensor know of it. Labels that were renamed since need not be carried again;
+            labels that were united with each other must be.
+    """
+
+    labels: Labels
+    origin: object = None
+    carried: bool = False
 
 
 class Colouring:
     """All labellings of one tensor."""
 
-    __slots__ = ("labellings", "shape")
+    __slots__ = ("_age", "_tidy_age", "entries", "shape")
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         self.shape = shape
-        self.labellings: list[Labels] = []
+        self.entries: list[Labelling] = []
+        # The number of unions when the labels were last brought up to date, and when they were last tidied.
+        self._age = self._tidy_age = -1
 
-    def add(self, atoms: Atoms, labels: Labels, limit: int) -> bool:
+    @property
+    def labellings(self) -> list[Labels]:
+        """The arrays alone."""
+        return [entry.labels for entry in self.entries]
+
+    def refresh(self, atoms: Atoms) -> None:
+        """Replace labels by their representatives."""
+        if self._age == atoms.unions:
+            return
+        for entry in self.entries:
+            found = atoms.find(entry.labels)
+            if not (found == entry.labels).all():
+                entry.carried = entry.carried and bool(_alone(found, entry.labels).all())
+                entry.labels, entry.origin = found, None
+        self._age = atoms.unions
+
+    def add(self, atoms: Atoms, labels: Labels, limit: int, origin: object = None) -> bool:
         """Add one labelling; return True if it told something new.
 
         Labels that cover the same elements as one known before are united with it. A label that alone covers the
         whole tensor freezes: removing it would leave nothing.
         """
         labels = compress(atoms.find(labels))
-        if not labels.any():
-            return False
         if labels.size == 1:
             atoms.freeze(labels, "it is all there is along its axis")
             return False
-        for known in self.labellings:
-            if known.shape == labels.shape and np.array_equal(atoms.find(known), labels):
-                return False
-        for known in self.labellings:
-            unite_identical(atoms, atoms.find(known), labels)
-        labels = compress(atoms.find(labels))
-        for index, known in enumerate(self.labellings):
-            known = atoms.find(known)
-            joined = merged(known, labels)
+        self.refresh(atoms)
+        if any(_equal(entry.labels, labels) for entry in self.entries) or not labels.any():
+            return False
+        before = atoms.unions
+        for entry in self.entries:
+            self.refresh(atoms)
+            unite_identical(atoms, entry.labels, labels)
+        if atoms.unions != before:
+            self.refresh(atoms)
+            labels = compress(atoms.find(labels))
+        for entry in self.entries:
+            joined = merged(entry.labels, labels)
             if joined is not None:
-                if joined.shape == known.shape and np.array_equal(joined, known):
+                if _equal(joined, entry.labels):
                     return False
-                self.labellings[index] = joined
+                entry.labels, entry.carried = joined, False
+                entry.origin = origin if _equal(joined, labels) else None
+                self._tidy_age = -1
                 return True
-        if len(self.labellings) >= limit:
+        if len(self.entries) >= limit:
             atoms.freeze(labels, f"more than {limit} ways to cut one tensor meet here")
             return False
-        self.labellings.append(labels)
+        self.entries.append(Labelling(labels, origin))
+        self._tidy_age = -1
         return True
 
     def tidy(self, atoms: Atoms) -> None:
         """Bring all labellings up to date with the unions made since; join those that agree by now."""
-        current, self.labellings = self.labellings, []
-        for labels in current:
-            self.add(atoms, labels, limit=len(current))
+        if self._tidy_age == atoms.unions:
+            return
+        self.refresh(atoms)
+        if len(self.entries) > 1 or not all(entry.carried for entry in self.entries):
+            before, self.entries = self.entries, []
+            for entry in before:
+                self.add(atoms, entry.labels, limit=len(before))
+            for entry in self.entries:
+                entry.carried = any(old.carried and _equal(old.labels, entry.labels) for old in before)
+        self._tidy_age = atoms.unions
+
+
+def _equal(left: Labels, right: Labels) -> bool:
+    return left is right or (left.shape == right.shape and bool((left == right).all()))
 
 
 def distinct(labellings: Iterable[Labels]) -> Labels:

@@ -32,7 +32,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 
 from graphprune.errors import RuleError
@@ -201,7 +201,7 @@ def parse(text: str) -> Pattern:
     return Pattern(text, inputs, outputs, parser.roles)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class View:
     """One view of one operand of an op, its stars expanded.
 
@@ -216,7 +216,7 @@ class View:
     axes: tuple[Axis, ...]
     summed: frozenset[str]
 
-    @property
+    @cached_property
     def factors(self) -> tuple[str, ...]:
         """All factors of the view, slowest first."""
         return tuple(name for axis in self.axes for name in axis.factors or ())
@@ -239,7 +239,9 @@ def _expand(pattern: Pattern, term: Term, rank: int, where: str) -> tuple[Axis, 
     assert term.axes is not None
     if term.starred is None:
         if len(term.axes) != rank:
-            raise RuleError(f"signature {pattern.text!r}: {where} has rank {rank}, the term has {len(term.axes)} axes")
+            raise RuleError(
+                f"signature {pattern.text!r}: {where} has rank {rank}, the term has {len(term.axes)} axes"
+            )
         return term.axes
     extra = rank - len(term.axes) + 1
     if extra < 0:
@@ -339,12 +341,18 @@ def _solve_sizes(
             rest = prod(known[name] for name in factors if name in known)
             if missing:
                 if rest == 0 or size % rest:
-                    raise RuleError(f"signature {pattern.text!r}: {where} of size {size} is no multiple of {rest}")
+                    raise RuleError(
+                        f"signature {pattern.text!r}: {where} of size {size} is no multiple of {rest}"
+                    )
                 known[missing[0]] = size // rest
             elif rest != size:
                 spelled = " ".join(factors) or "1"
-                raise RuleError(f"signature {pattern.text!r}: {where} has size {size}, but ({spelled}) is {rest}")
+                raise RuleError(
+                    f"signature {pattern.text!r}: {where} has size {size}, but ({spelled}) is {rest}"
+                )
         if len(left) == len(pending):
             names = sorted({n for f, _, _ in left for n in f if n not in known})
-            raise RuleError(f"signature {pattern.text!r}: the size of {', '.join(names)} cannot be worked out")
+            raise RuleError(
+                f"signature {pattern.text!r}: the size of {', '.join(names)} cannot be worked out"
+            )
         pending = left
