@@ -226,7 +226,8 @@ def test_statistical_groups_are_left_alone_unless_asked_for(cli: Cli, folder: Pa
 
 
 def test_calibration(cli: Cli, folder: Path) -> None:
-    np.savez(folder / "calib.npz", **{INPUT: np.ones((4, 3, 6, 6), dtype=np.float32)})
+    arrays: dict[str, Any] = {INPUT: np.ones((4, 3, 6, 6), dtype=np.float32)}
+    np.savez(folder / "calib.npz", **arrays)
     assert cli("net.onnx", "--channels", "0.5", "--calib", "calib.npz").code == 0
 
 
