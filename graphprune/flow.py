@@ -78,17 +78,11 @@ class SignatureFlow:
     def operands(self) -> tuple[Operand, ...]:
         return tuple(dict.fromkeys(operand for operand, _ in self._views))
 
-<<<<<<< new/graphprune/flow.py
-    def push(self, atoms: Atoms, source: Operand, labels: Labels, where: str) -> Iterator[tuple[Operand, Labels]]:
-        for operand, view in self._views:
-            if operand == source:
-=======
     def push(
         self, atoms: Atoms, source: Operand, labels: Labels, where: str
     ) -> Iterator[tuple[Operand, Labels]]:
-        for view in self.signature.views:
-            if (view.is_output, view.slot) == source:
->>>>>>> /work/main/graphprune/flow.py
+        for operand, view in self._views:
+            if operand == source:
                 yield from self._push_view(atoms, view, labels, where)
 
     def _push_view(
