@@ -52,7 +52,9 @@ class Request:
     def __post_init__(self) -> None:
         for what, ratio in [("channels", self.channels), *self.channels_for.items()]:
             if not (isinstance(ratio, int | float) and 0 <= ratio < 1 and math.isfinite(ratio)):
-                raise OptionError(f"the ratio for {what} is {ratio!r}; give the fraction to remove, at least 0, below 1")
+                raise OptionError(
+                    f"the ratio for {what} is {ratio!r}; give the fraction to remove, at least 0, below 1"
+                )
         if self.round_to is not None and self.round_to < 1:
             raise OptionError(f"round_to is {self.round_to}; give a positive number (1 turns rounding off)")
 
@@ -136,7 +138,9 @@ def _overlaps(analysis: Analysis, groups: Sequence[Group]) -> dict[int, set[int]
     return overlaps
 
 
-def choose(analysis: Analysis, groups: Sequence[Group], scores: Scores, request: Request) -> npt.NDArray[np.int32]:
+def choose(
+    analysis: Analysis, groups: Sequence[Group], scores: Scores, request: Request
+) -> npt.NDArray[np.int32]:
     """Pick the labels to remove: in each group the ones of lowest score, equally many in each block.
 
     Raises:
@@ -172,19 +176,23 @@ def _without_overlaps(
     may not, and dimensions where they all may.
     """
     overlaps = _overlaps(analysis, groups)
-    conflicts = networkx.Graph()
+    conflicts: networkx.Graph[int] = networkx.Graph()
     conflicts.add_nodes_from(candidates)
     conflicts.add_edges_from((i, j) for i in candidates for j in overlaps.get(i, ()) if j in candidates)
     for index in named:
         if index in conflicts:
-            conflicts.remove_nodes_from([j for j in overlaps.get(index, ()) if j not in named and j in conflicts])
+            conflicts.remove_nodes_from(
+                [j for j in overlaps.get(index, ()) if j not in named and j in conflicts]
+            )
     reach = _reach(analysis)
     kept: set[int] = set()
     for component in networkx.connected_components(conflicts):
         ways = _independent(conflicts.subgraph(component), groups)
         reached = [sum(float(reach[groups[i].labels].sum()) for i in way) for way in ways]
         good = [(way, r) for way, r in zip(ways, reached, strict=True) if r >= COVERED * max(reached)]
-        kept |= max(good, key=lambda pair: (sum(groups[i].size for i in pair[0]), pair[1], sorted(pair[0])))[0]
+        kept |= max(good, key=lambda pair: (sum(groups[i].size for i in pair[0]), pair[1], sorted(pair[0])))[
+            0
+        ]
     return {index: gone for index, gone in candidates.items() if index in kept or index in named}
 
 

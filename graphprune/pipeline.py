@@ -173,19 +173,51 @@ def _reference(
         reference = _inline(reference, {function.identifier() for function in reference.functions.values()})
         inlined = build_twin(reference, input_shapes).ops
         if [op.kind for op in inlined] != [op.kind for op in ops]:
-            raise ModelError("the model's functions cannot be inlined one by one, so that nothing could be verified")
-        return reference, {op: other.node for op, other in zip(ops, inlined, strict=True) if other.node is not None}
+            raise ModelError(
+                "the model's functions cannot be inlined one by one, so that nothing could be verified"
+            )
+        return reference, {
+            op: other.node for op, other in zip(ops, inlined, strict=True) if other.node is not None
+        }
     mapping = dict(zip(network.model.graph.all_nodes(), reference.graph.all_nodes(), strict=True))
     return reference, {op: mapping[op.node] for op in ops if op.node is not None}
 
 
+def apply_plan(
+    model: ir.Model, plan: Plan, *, input_shapes: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    """Carry a plan out on a model, in place and without verification.
+
+    Args:
+        model: Changed in place.
+        plan: A plan made for this model.
+        input_shapes: Sizes for inputs with dynamic dimensions, as when the plan was made.
+
+    Raises:
+        PlanError: The plan does not fit the model; it is then as it was, but for functions that had to be inlined.
+    """
+    while True:
+        network = analyze_ir(model, input_shapes)
+        _, masks = make_plan(network.analysis, network.groups, plan.removed_labels(network.groups))
+        edits = collect(network.analysis, masks)
+        functions = functions_to_inline(network.analysis, masks, edits)
+        if not functions:
+            break
+        _inline_in_place(model, functions)
+    Rewriter(network.analysis, masks).run(edits)
+
+
 def _inline(model: ir.Model, functions: set[tuple[str, str, str]]) -> ir.Model:
+    inlined = copy(model)
+    _inline_in_place(inlined, functions)
+    return inlined
+
+
+def _inline_in_place(model: ir.Model, functions: set[tuple[str, str, str]]) -> None:
     from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
-    inlined = copy(model)
-    InlinePass(criteria=lambda function: function.identifier() in functions)(inlined)
-    RemoveUnusedFunctionsPass()(inlined)
-    return inlined
+    InlinePass(criteria=lambda function: function.identifier() in functions)(model)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def prune(

@@ -141,7 +141,7 @@ def spread_mask(mask: Mask, flow: SignatureFlow, view: View) -> Mask:
         if axis.take is not None and mask.shape[index] > 1:
             mask = mask[(slice(None),) * index + (slice(*axis.take),)]
         if axis.factors is None:
-            mask = mask.any(axis=index, keepdims=True)
+            mask = np.asarray(mask.any(axis=index, keepdims=True))
             continue
         sizes = [flow.signature.sizes[name] for name in axis.factors]
         shape += sizes if mask.shape[index] > 1 else [1] * len(sizes)
@@ -166,7 +166,9 @@ def collect(analysis: Analysis, masks: Masks) -> dict[tuple[tuple[ir.Node, ...],
         change.check()
         for attribute, factors in rule.attributes.items():
             sizes = [change.factor_sizes(factor) for factor in factors]
-            if any(old != new for old, new in sizes) and (attribute in op.attributes or attribute in rule.defaults):
+            if any(old != new for old, new in sizes) and (
+                attribute in op.attributes or attribute in rule.defaults
+            ):
                 change.set_attribute(attribute, int(np.prod([new for _, new in sizes])))
         if rule.rewrite is not None:
             rule.rewrite(change)
@@ -186,7 +188,11 @@ def functions_to_inline(
         if inside and any(op.path for op, _ in operands_of(tensor)):
             producer = value.producer() if value is not None else None
             for op, _ in operands_of(tensor):
-                if producer is not None and op.path and producer.graph is (op.node.graph if op.node else None):
+                if (
+                    producer is not None
+                    and op.path
+                    and producer.graph is (op.node.graph if op.node else None)
+                ):
                     calls.update(op.path)
     return {call.op_identifier() for call in calls}
 
@@ -215,7 +221,11 @@ class Rewriter:
         """Compact each weight; uses of one weight that keep different things get weights of their own."""
         by_value: dict[ir.Value, list[Tensor]] = {}
         for tensor in self._analysis.graph.tensors:
-            if tensor.constant and tensor.value is not None and (tensor.uses or tensor in self._analysis.colourings):
+            if (
+                tensor.constant
+                and tensor.value is not None
+                and (tensor.uses or tensor in self._analysis.colourings)
+            ):
                 if tensor.producer is None or self._analysis.is_leaf(tensor.producer):
                     by_value.setdefault(tensor.value, []).append(tensor)
         for value, tensors in by_value.items():
@@ -304,7 +314,9 @@ class Rewriter:
         if old is not None:
             self._loose.append(old)
 
-    def _scaled(self, node: ir.Node, value: ir.Value | None, new: Sequence[int], old: Sequence[int]) -> ir.Value:
+    def _scaled(
+        self, node: ir.Node, value: ir.Value | None, new: Sequence[int], old: Sequence[int]
+    ) -> ir.Value:
         """Positive entries times new / old; 0 and -1 have meanings of their own."""
         base = f"{base_name(node)}_scale"
         times = self._splice.integers(node, base, new)
@@ -324,7 +336,9 @@ class Rewriter:
         is_output = value.is_graph_output()
         if contents is not None and not is_output:
             if readers:
-                constant = self._splice.constant(node, f"{value.name}_original", np.asarray(contents, dtype=np.int64))
+                constant = self._splice.constant(
+                    node, f"{value.name}_original", np.asarray(contents, dtype=np.int64)
+                )
                 for reader, index in readers:
                     reader.replace_input_with(index, constant)
             self._loose.append(value)
@@ -376,7 +390,8 @@ class Rewriter:
                 continue
             node = value.producer()
             if node is None:
-                if value.is_initializer() and not value.is_graph_input() and isinstance(value.graph, ir.Graph):
+                inside = value.is_initializer() and not value.is_graph_input()
+                if inside and isinstance(value.graph, ir.Graph) and value.name is not None:
                     del value.graph.initializers[value.name]
                 continue
             if node.graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):

@@ -32,9 +32,38 @@ TOLERANCE = 1e-4
 ULPS = 16
 #: Ops whose result jumps: what enters them is compared where what leaves them differs.
 DISCONTINUOUS = frozenset(
-    """ArgMax ArgMin TopK NonMaxSuppression QuantizeLinear DynamicQuantizeLinear Round Floor Ceil Sign Greater Less
-    GreaterOrEqual LessOrEqual Equal Hardmax NonZero Unique Cast Where Mod RoiAlign MaxRoiPool QLinearConv QLinearMatMul
-    QLinearAdd QLinearMul QLinearSigmoid QLinearLeakyRelu QLinearGlobalAveragePool""".split()
+    [
+        "ArgMax",
+        "ArgMin",
+        "TopK",
+        "NonMaxSuppression",
+        "QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "Round",
+        "Floor",
+        "Ceil",
+        "Sign",
+        "Greater",
+        "Less",
+        "GreaterOrEqual",
+        "LessOrEqual",
+        "Equal",
+        "Hardmax",
+        "NonZero",
+        "Unique",
+        "Cast",
+        "Where",
+        "Mod",
+        "RoiAlign",
+        "MaxRoiPool",
+        "QLinearConv",
+        "QLinearMatMul",
+        "QLinearAdd",
+        "QLinearMul",
+        "QLinearSigmoid",
+        "QLinearLeakyRelu",
+        "QLinearGlobalAveragePool",
+    ]
 )
 _CONTINUOUS_CASTS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
@@ -52,14 +81,18 @@ def random_feeds(graph: Graph, seed: int, shapes: Mapping[str, Sequence[int]] | 
     for tensor in graph.inputs:
         shape = tuple((shapes or {}).get(tensor.name, tensor.shape or ()))
         if tensor.dtype is None:
-            raise VerificationError(f"input {tensor.name!r} is no tensor; give inputs with --calib, or --no-verify")
+            raise VerificationError(
+                f"input {tensor.name!r} is no tensor; give inputs with --calib, or --no-verify"
+            )
         dtype = tensor.dtype.numpy()
         if tensor.dtype.is_floating_point():
             feeds[tensor.name] = generator.standard_normal(shape).astype(dtype)
         elif tensor.dtype == ir.DataType.BOOL or "mask" in tensor.name.lower():
             feeds[tensor.name] = np.ones(shape, dtype=dtype)
         elif tensor.dtype == ir.DataType.STRING:
-            raise VerificationError(f"input {tensor.name!r} holds strings; give inputs with --calib, or --no-verify")
+            raise VerificationError(
+                f"input {tensor.name!r} holds strings; give inputs with --calib, or --no-verify"
+            )
         else:
             limit = _index_limit(tensor)
             feeds[tensor.name] = generator.integers(0, limit, shape).astype(dtype)
@@ -73,12 +106,24 @@ def _index_limit(tensor: Tensor) -> int:
     while todo:
         current = todo.pop()
         for op, slot in current.uses:
-            if op.op_type in ("Gather", "EmbedLayerNormalization") and (slot == 1 or (slot == 0 and op.op_type != "Gather")):
+            if op.op_type in ("Gather", "EmbedLayerNormalization") and (
+                slot == 1 or (slot == 0 and op.op_type != "Gather")
+            ):
                 table = op.inputs[0] if op.op_type == "Gather" else op.inputs[2 + 2 * slot]
                 axis = int(op.attributes.get("axis", 0)) if op.op_type == "Gather" else 0
                 if table is not None and table.shape:
                     limit = min(limit or table.shape[axis], table.shape[axis])
-            elif op.op_type in ("Cast", "Reshape", "Unsqueeze", "Squeeze", "Identity", "Where", "Slice", "Flatten", "Join"):
+            elif op.op_type in (
+                "Cast",
+                "Reshape",
+                "Unsqueeze",
+                "Squeeze",
+                "Identity",
+                "Where",
+                "Slice",
+                "Flatten",
+                "Join",
+            ):
                 for output in op.outputs:
                     if output is not None and output not in seen:
                         seen.add(output)
@@ -103,12 +148,18 @@ def load_feeds(graph: Graph, calibration: Mapping[str, Array] | str | Path) -> F
     feeds: Feeds = {}
     for tensor in graph.inputs:
         if tensor.name not in given:
-            raise OptionError(f"the inputs given lack {tensor.name!r}; they have {', '.join(given) or 'nothing'}")
+            raise OptionError(
+                f"the inputs given lack {tensor.name!r}; they have {', '.join(given) or 'nothing'}"
+            )
         array = np.asarray(given[tensor.name])
         if tensor.dtype is not None and array.dtype != tensor.dtype.numpy():
-            raise OptionError(f"input {tensor.name!r} must be {tensor.dtype.numpy()}, the one given is {array.dtype}")
+            raise OptionError(
+                f"input {tensor.name!r} must be {tensor.dtype.numpy()}, the one given is {array.dtype}"
+            )
         if array.ndim != len(tensor.shape or ()):
-            raise OptionError(f"input {tensor.name!r} has rank {len(tensor.shape or ())}, the one given {array.ndim}")
+            raise OptionError(
+                f"input {tensor.name!r} has rank {len(tensor.shape or ())}, the one given {array.ndim}"
+            )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise OptionError(f"the input given for {tensor.name!r} holds NaN or infinity")
         feeds[tensor.name] = array
@@ -172,7 +223,8 @@ def tolerance_of(dtype: np.dtype[Any]) -> float:
     try:
         import ml_dtypes
 
-        return max(TOLERANCE, ULPS * float(ml_dtypes.finfo(dtype).eps))
+        eps = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+        return max(TOLERANCE, ULPS * eps)
     except (ValueError, TypeError):
         return TOLERANCE
 
@@ -245,8 +297,8 @@ def verify(
         if wrong:
             _explain(pruned, feeds, folder, wrong)
             pruned.report.notes.append(
-                f"{len(wrong)} of {len(errors)} outputs lie behind ops whose result jumps (rounding, comparing, picking);"
-                " what enters those was compared instead"
+                f"{len(wrong)} of {len(errors)} outputs lie behind ops whose result jumps (rounding, comparing,"
+                " picking); what enters those was compared instead"
             )
         right = [errors[o] for o in errors if o not in wrong]
         pruned.report.max_error = max(right, default=0.0)
@@ -325,9 +377,9 @@ def _explain(pruned: Pruned, feeds: Feeds, folder: Path, wrong: Sequence[str]) -
             differs[tensor] = error
     behind_jump = _behind_jumps(graph, differs)
     for op in graph.ops:
-        for tensor in op.outputs:
-            if tensor is not None and tensor in differs and tensor not in behind_jump:
-                raise VerificationError(_message(pruned, op, tensor, differs[tensor]))
+        for output in op.outputs:
+            if output is not None and output in differs and output not in behind_jump:
+                raise VerificationError(_message(pruned, op, output, differs[output]))
     unexplained = [name for name in wrong if tensors.get(name) not in behind_jump]
     if unexplained:
         raise VerificationError(
@@ -353,9 +405,7 @@ def _is_smooth(op: Op) -> bool:
     if op.op_type == "Cast":
         output = op.outputs[0]
         return output is not None and output.dtype in _CONTINUOUS_CASTS
-    if op.op_type == "Where":
-        return True
-    return False
+    return op.op_type == "Where"
 
 
 def _message(pruned: Pruned, op: Op, tensor: Tensor, error: float) -> str:

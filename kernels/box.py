@@ -43,7 +43,8 @@ def broadcast_box(mask: Mask, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     if sizes is None:
         return None
     return tuple(
-        full if dim == 1 and size == 1 else size for dim, size, full in zip(mask.shape, sizes, shape, strict=True)
+        full if dim == 1 and size == 1 else size
+        for dim, size, full in zip(mask.shape, sizes, shape, strict=True)
     )
 
 
@@ -51,8 +52,11 @@ def separable(mask: Mask) -> tuple[Mask, ...] | None:
     """One mask an axis, if the mask is their outer product; None otherwise."""
     if not mask.any():
         return None
-    factors = tuple(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)) for axis in range(mask.ndim))
-    outer = factors[0] if factors else np.ones((), dtype=bool)
+    factors = tuple(
+        np.asarray(mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)))
+        for axis in range(mask.ndim)
+    )
+    outer: Mask = factors[0] if factors else np.ones((), dtype=bool)
     for factor in factors[1:]:
         outer = outer[..., None] & factor
     return factors if bool((outer == mask).all()) else None
@@ -78,4 +82,5 @@ def compact(array: npt.NDArray[Any], mask: Mask) -> npt.NDArray[Any]:
 
 def kept_count(mask: Mask, shape: tuple[int, ...]) -> int:
     """How many elements of a tensor of that shape a broadcasting mask keeps."""
-    return int(mask.sum()) * prod(full // dim for dim, full in zip(mask.shape, shape, strict=True) if dim)
+    repeats = prod(full // dim for dim, full in zip(mask.shape, shape, strict=True) if dim)
+    return int(mask.sum()) * int(repeats)

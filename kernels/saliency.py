@@ -38,6 +38,7 @@ def sums_by_label(
             reduced[start : start + rows] = part
         else:
             reduced += part
-    sums = np.bincount(labels.ravel(), weights=np.broadcast_to(reduced, labels.shape).ravel(), minlength=count)
+    weights = np.broadcast_to(reduced, labels.shape).ravel()
+    sums = np.asarray(np.bincount(labels.ravel(), weights=weights, minlength=count), dtype=np.float64)
     sums[0] = 0.0
     return sums

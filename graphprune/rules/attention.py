@@ -98,9 +98,7 @@ def multi_head_attention(op: Op) -> Description:
     mask = _mask(op, 5, ("b", "h", "s", total))
     results = ["b s (h e)", f"b h {total} d", f"b h {total} e", f"b h s {total}"]
     present = [text if tensor is not None else "?" for text, tensor in zip(results, op.outputs, strict=False)]
-    return (
-        f"b s (h d^), b t! (h d^), b t! (h e), {bias}, ?, {mask}, {past_key}, {past_value} -> {', '.join(present)}"
-    )
+    return f"b s (h d^), b t! (h d^), b t! (h e), {bias}, ?, {mask}, {past_key}, {past_value} -> {', '.join(present)}"
 
 
 def group_query_attention(op: Op) -> Description:
@@ -109,9 +107,7 @@ def group_query_attention(op: Op) -> Description:
         return Refusal("its query, key and value are packed")
     outputs = ["b s! (k r d!)", "b k u! d!", "b k u! d!"][: len(op.outputs)]
     past = "b k p! d!" if has_input(op, 3) else "?"
-    return (
-        f"b s! (k r d!), b t! (k d!), b t! (k d!), {past}, {past}, ?, ?, ?, ?, ?, ?, ? -> {', '.join(outputs)}"
-    )
+    return f"b s! (k r d!), b t! (k d!), b t! (k d!), {past}, {past}, b, ?, ?, ?, ?, ?, ? -> {', '.join(outputs)}"
 
 
 def rotary(op: Op) -> Description:

@@ -49,7 +49,9 @@ def fused_matmul(op: Op) -> Description:
     if op.attributes.get("transBatchA", 0) or op.attributes.get("transBatchB", 0):
         return Refusal("it swaps batch axes")
     swap = [bool(op.attributes.get(name, 0)) for name in ("transA", "transB")]
-    left, right, product = matmul_terms(_swapped(shape_of(op, 0), swap[0]), _swapped(shape_of(op, 1), swap[1]))
+    left, right, product = matmul_terms(
+        _swapped(shape_of(op, 0), swap[0]), _swapped(shape_of(op, 1), swap[1])
+    )
     return f"{_swapped_term(left, swap[0])}, {_swapped_term(right, swap[1])} -> {product}"
 
 
@@ -112,7 +114,9 @@ def deform_conv(op: Op) -> Description:
 
 
 def _per_channel(op: Op, slot: int, factors: str) -> str:
-    return factors if has_input(op, slot) and len(shape_of(op, slot)) == 1 and shape_of(op, slot)[0] > 1 else "?"
+    return (
+        factors if has_input(op, slot) and len(shape_of(op, slot)) == 1 and shape_of(op, slot)[0] > 1 else "?"
+    )
 
 
 def qlinear_conv(op: Op) -> str:

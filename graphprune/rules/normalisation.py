@@ -29,7 +29,9 @@ def skip_layer_norm(op: Op) -> str:
     """``norm(input + skip + bias)``, and the sum itself as the fourth output."""
     whole = shape_of(op, 0)
     last = len(whole) - 1
-    inputs = [_marked(shape_of(op, s), whole, last) if has_input(op, s) else "?" for s in range(len(op.inputs))]
+    inputs = [
+        _marked(shape_of(op, s), whole, last) if has_input(op, s) else "?" for s in range(len(op.inputs))
+    ]
     result = _marked(whole, whole, last)
     return f"{', '.join(inputs)} -> {result}, ?, ?, {result}"
 
@@ -72,8 +74,9 @@ def batch_norm(op: Op) -> Description:
 def embed_layer_norm(op: Op) -> str:
     """``norm(word[id] + position[i] + segment[s])`` over the hidden axis d; the last output is the sum."""
     segment = "q! d~" if has_input(op, 4) else "?"
-    outputs = ["b s d~", "?", "b s d~"][: max(1, len(op.outputs))]
-    return f"b s, ?, v! d~, p! d~, {segment}, d~, d~, ?, ? -> {', '.join(outputs)}"
+    outputs = ["b s! d~", "?", "b s! d~"][: max(1, len(op.outputs))]
+    ids = ["b s!" if has_input(op, slot) and len(shape_of(op, slot)) == 2 else "?" for slot in (1, 7, 8)]
+    return f"b s!, {ids[0]}, v! d~, p! d~, {segment}, d~, d~, {ids[1]}, {ids[2]} -> {', '.join(outputs)}"
 
 
 register("BatchNormalization", batch_norm)

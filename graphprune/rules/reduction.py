@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from graphprune.graph import Op
-from graphprune.rules.registry import Description, Refusal, has_input, known_data, normal_axis, register, shape_of
+from graphprune.rules.registry import (
+    Description,
+    Refusal,
+    has_input,
+    known_data,
+    normal_axis,
+    register,
+    shape_of,
+)
 
 
 def reduced_axes(op: Op) -> tuple[int, ...] | Refusal:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class Change(Protocol):
     def factor_sizes(self, factor: str) -> tuple[int, int]:
         """Size of a signature's factor before and after."""
 
-    def known(self, slot: int) -> npt.NDArray[np.generic] | None:
+    def known(self, slot: int) -> npt.NDArray[Any] | None:
         """Contents of an input where they are the same at every size of the model's dynamic dimensions."""
 
     def set_attribute(self, name: str, value: int | float | str | Sequence[int]) -> None:
@@ -62,7 +62,7 @@ class Change(Protocol):
     def remove_attribute(self, name: str) -> None:
         """Take an attribute away from the node."""
 
-    def set_input(self, slot: int, array: npt.NDArray[np.generic]) -> None:
+    def set_input(self, slot: int, array: npt.NDArray[Any]) -> None:
         """Feed an input from a new constant."""
 
     def scale_input(self, slot: int, new: Sequence[int], old: Sequence[int]) -> None:
@@ -177,7 +177,9 @@ def shape_of(op: Op, slot: int, *, output: bool = False) -> tuple[int, ...]:
     """
     tensor = tensor_at(op, Operand(output, slot))
     if tensor is None or tensor.shape is None:
-        raise RuleError(f"{op.kind} {op.name!r}: {'output' if output else 'input'} {slot} is missing or has no shape")
+        raise RuleError(
+            f"{op.kind} {op.name!r}: {'output' if output else 'input'} {slot} is missing or has no shape"
+        )
     return tensor.shape
 
 
@@ -186,7 +188,7 @@ def has_input(op: Op, slot: int) -> bool:
     return slot < len(op.inputs) and op.inputs[slot] is not None
 
 
-def known_data(op: Op, slot: int) -> npt.NDArray[np.generic] | None:
+def known_data(op: Op, slot: int) -> npt.NDArray[Any] | None:
     """Contents of an input where they are known at every size of the dynamic dimensions; None otherwise."""
     tensor = op.inputs[slot] if slot < len(op.inputs) else None
     return None if tensor is None or tensor.dynamic else tensor.data
@@ -200,7 +202,8 @@ def normal_axis(axis: int, rank: int) -> int:
 def signature_flow(op: Op, text: str, sizes: Mapping[str, int]) -> SignatureFlow:
     """Bind a signature's text to an op's shapes."""
     shapes = [
-        [None if tensor is None else tensor.shape for tensor in tensors] for tensors in (op.inputs, op.outputs)
+        [None if tensor is None else tensor.shape for tensor in tensors]
+        for tensors in (op.inputs, op.outputs)
     ]
     return SignatureFlow(bind(parse(text), shapes[0], shapes[1], sizes))
 
@@ -224,7 +227,10 @@ def _described(op: Op, rule: Rule) -> tuple[str | Flow | list[Flow] | Refusal, d
 
 def _unknown(op: Op, pattern: Pattern | None) -> Tensor | None:
     """An operand of unknown shape; those of which a signature says nothing may be so."""
-    for tensors, said in ((op.inputs, pattern.inputs if pattern else ()), (op.outputs, pattern.outputs if pattern else ())):
+    for tensors, said in (
+        (op.inputs, pattern.inputs if pattern else ()),
+        (op.outputs, pattern.outputs if pattern else ()),
+    ):
         for slot, tensor in enumerate(tensors):
             silent = slot < len(said) and all(term.axes is None for term in said[slot])
             if tensor is not None and tensor.shape is None and not silent:
@@ -259,7 +265,9 @@ def output_shapes(op: Op) -> list[tuple[int, ...] | None] | None:
     rule = find_rule(op)
     if rule is None or any(tensor is not None and tensor.shape is None for tensor in op.inputs):
         return None
-    unknown = Op(op.op_type, op.domain, op.version, op.attributes, op.inputs, [None] * len(op.outputs), op.node)
+    unknown = Op(
+        op.op_type, op.domain, op.version, op.attributes, op.inputs, [None] * len(op.outputs), op.node
+    )
     try:
         text, sizes = _described(unknown, rule)
         if not isinstance(text, str):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from graphprune.flow import Operand
 from graphprune.graph import Op
 from graphprune.rules.movement import resize_to
-from graphprune.rules.registry import Change, Description, Operand, Refusal, has_input, known_data, register, shape_of
+from graphprune.rules.registry import Change, Description, Refusal, has_input, known_data, register, shape_of
 
 
 def global_pool(op: Op) -> str:
@@ -76,9 +77,7 @@ register("GlobalAveragePool GlobalMaxPool GlobalLpPool", global_pool)
 register("Resize Upsample", resize, rewrite=rewrite_resize)
 # blocksize is both r and s; the height and width on the other side give the second.
 register("DepthToSpace", depth_to_space, attributes={"blocksize": "r"})
-register(
-    "SpaceToDepth", "n c (h! r!) (w! s!) -> n (r! s! c) h! w!", attributes={"blocksize": "r"}
-)
+register("SpaceToDepth", "n c (h! r!) (w! s!) -> n (r! s! c) h! w!", attributes={"blocksize": "r"})
 register("GridSample", "n c S!*, ? -> n c T!*")
 register("RoiAlign", "b! c h! w!, ?, ? -> m! c p! q!")
 register("MaxRoiPool", "b! c h! w!, ? -> m! c p! q!")
