@@ -25,7 +25,9 @@ def parameters(model: ir.Model) -> int:
     total = 0
     for graph in model.graphs():
         stored = [value.const_value for value in graph.initializers.values()]
-        stored += [stored_tensor(node.outputs[0]) for node in graph if node.op_type == "Constant" and not node.domain]
+        stored += [
+            stored_tensor(node.outputs[0]) for node in graph if node.op_type == "Constant" and not node.domain
+        ]
         total += sum(t.size for t in stored if t is not None and t.dtype not in _NOT_PARAMETERS)
     return int(total)
 
@@ -71,7 +73,11 @@ def macs(analysis: Analysis, masks: Masks | None = None) -> int:
     """Multiply-accumulates of the whole twin, ops under constants left out."""
     return int(
         np.sum(
-            [macs_of(op, analysis, masks) for op in analysis.graph.ops if not all(t is None or t.constant for t in op.inputs)],
+            [
+                macs_of(op, analysis, masks)
+                for op in analysis.graph.ops
+                if not all(t is None or t.constant for t in op.inputs)
+            ],
             dtype=np.int64,
         )
     )

@@ -109,7 +109,9 @@ class _Masker:
         for slot, tensor in enumerate(op.inputs):
             if tensor is None:
                 continue
-            cuts = [kept for name, kept in self._cut_factors(op, flow, Operand(False, slot)) if name.endswith("^")]
+            cuts = [
+                kept for name, kept in self._cut_factors(op, flow, Operand(False, slot)) if name.endswith("^")
+            ]
             if not cuts:
                 continue
             mask = cuts[0]
@@ -198,7 +200,8 @@ class _Masker:
         # ONNX Runtime has no Where for bools.
         off = anchor.insert("Not", [self._switch], like=self._switch)
         parts = [
-            anchor.insert("And", [switch, value], like=old) for switch, value in ((self._switch, old), (off, spread))
+            anchor.insert("And", [switch, value], like=old)
+            for switch, value in ((self._switch, old), (off, spread))
         ]
         return anchor.insert("Or", parts, like=old)
 
@@ -221,10 +224,14 @@ class _Masker:
         flat = np.broadcast_to(mask, [s if first <= a <= last else 1 for a, s in enumerate(shape)]).ravel()
         joined = [0] * first + [prod(shape[first : last + 1]), *shape[last + 1 :]]
         split = [0] * first + [*new[first : last + 1], *shape[last + 1 :]]
-        value = self._splice.insert(node, "Reshape", [value, self._splice.integers(node, base, joined)], like=value)
+        value = self._splice.insert(
+            node, "Reshape", [value, self._splice.integers(node, base, joined)], like=value
+        )
         index = self._splice.integers(node, base, np.flatnonzero(flat).tolist())
         value = self._splice.insert(node, "Gather", [value, index], {"axis": first}, like=value)
-        return self._splice.insert(node, "Reshape", [value, self._splice.integers(node, base, split)], like=value)
+        return self._splice.insert(
+            node, "Reshape", [value, self._splice.integers(node, base, split)], like=value
+        )
 
     def _spread(self, anchor: _Anchor, value: ir.Value, tensor: Tensor, mask: Mask) -> ir.Value:
         """Back to the original positions; what stands at removed ones does not matter, and is the first kept one."""
@@ -233,7 +240,9 @@ class _Masker:
             for axis, factor in enumerate(factors):
                 if not factor.all():
                     index = np.where(factor, np.cumsum(factor) - 1, 0)
-                    value = anchor.insert("Gather", [value, anchor.integers(index.tolist())], {"axis": axis}, like=value)
+                    value = anchor.insert(
+                        "Gather", [value, anchor.integers(index.tolist())], {"axis": axis}, like=value
+                    )
             return value
         first, last = self._region(tensor, mask)
         shape, new = tensor.shape or (), self._masks.shape(tensor)

@@ -97,7 +97,9 @@ class Plan:
         """
         try:
             if data["graphprune_plan"] != FORMAT:
-                raise PlanError(f"the plan has format {data['graphprune_plan']!r}; this version reads {FORMAT}")
+                raise PlanError(
+                    f"the plan has format {data['graphprune_plan']!r}; this version reads {FORMAT}"
+                )
             cuts = [
                 Cut(str(entry["name"]), int(entry["size"]), tuple(sorted({int(i) for i in entry["removed"]})))
                 for entry in data["groups"]
@@ -134,7 +136,9 @@ class Plan:
             if group is None:
                 raise PlanError(f"the plan cuts group {cut.group!r}, which the model does not have")
             if group.size != cut.size:
-                raise PlanError(f"the plan cuts group {cut.group!r} of {cut.size}; in this model it has {group.size}")
+                raise PlanError(
+                    f"the plan cuts group {cut.group!r} of {cut.size}; in this model it has {group.size}"
+                )
             if group.frozen:
                 raise PlanError(f"the plan cuts group {cut.group!r}, which is frozen: {group.frozen}")
             if cut.removed and not 0 <= cut.removed[0] <= cut.removed[-1] < group.size:
@@ -202,11 +206,15 @@ class Masks:
             mask = self.mask(tensor)
             seen = part(mask) if mask is not None else None
             if seen is not None and box(seen) is None:
-                found.append((tensor, f"what an op reads of tensor {tensor.name!r} has rows of different lengths"))
+                found.append(
+                    (tensor, f"what an op reads of tensor {tensor.name!r} has rows of different lengths")
+                )
         return found
 
 
-def make_plan(analysis: Analysis, groups: Sequence[Group], removed: npt.NDArray[np.int32]) -> tuple[Plan, Masks]:
+def make_plan(
+    analysis: Analysis, groups: Sequence[Group], removed: npt.NDArray[np.int32]
+) -> tuple[Plan, Masks]:
     """State a set of removed labels as a plan, with the masks of all initializers."""
     gone = np.zeros(len(analysis.atoms), dtype=bool)
     gone[removed] = True

@@ -60,7 +60,9 @@ class Report:
             "macs": {"before": self.macs_before, "after": self.macs_after},
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             "groups": [group_to_dict(group) for group in self.groups],
-            "pruned": [{"group": cut.group, "size": cut.size, "removed": len(cut.removed)} for cut in self.plan.cuts],
+            "pruned": [
+                {"group": cut.group, "size": cut.size, "removed": len(cut.removed)} for cut in self.plan.cuts
+            ],
             "max_error": self.max_error,
             "output_change": self.output_change,
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
@@ -80,6 +82,7 @@ def group_to_dict(group: Group) -> dict[str, Any]:
         "parameters": group.parameters,
         "macs": group.macs,
         "members": [
-            {"tensor": m.tensor, "axis": m.axis, "role": m.role, "weight": m.is_constant} for m in group.members
+            {"tensor": m.tensor, "axis": m.axis, "role": m.role, "weight": m.is_constant}
+            for m in group.members
         ],
     }

@@ -44,7 +44,9 @@ def weights_of(analysis: Analysis) -> list[Tensor]:
             continue
         if tensor.dtype is None or not (tensor.dtype.is_floating_point() or tensor.dtype.is_integer()):
             continue
-        if tensor.uses and all(op.op_type == "BatchNormalization" and slot in (3, 4) for op, slot in tensor.uses):
+        if tensor.uses and all(
+            op.op_type == "BatchNormalization" and slot in (3, 4) for op, slot in tensor.uses
+        ):
             continue
         found.append(tensor)
     return found

@@ -56,7 +56,9 @@ class Splicer:
         """A new initializer of the graph that ``node`` lies in."""
         name = self.fresh(base)
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
         self.graph_of(node).register_initializer(value)
         return value
 
