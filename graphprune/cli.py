@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from graphprune.arguments import parse
 from graphprune.errors import GraphPruneError, OptionError, PlanError, VerificationError
 
 if TYPE_CHECKING:
@@ -31,30 +32,6 @@ if TYPE_CHECKING:
 
 #: Exit codes. An interrupted command ends with 128 + the signal's number, as shells have it.
 OK, FAILED, BAD_INPUT, BUG = 0, 1, 2, 70
-
-_DESCRIPTION = """\
-Remove channels, filters, heads and hidden units from an ONNX model, together with everything that is coupled
-to them; check that the result equals the original with the removed positions masked; write it.
-"""
-
-_EPILOG = """\
-examples:
-  graphprune model.onnx --channels 0.3                    writes model.pruned.onnx
-  graphprune model.onnx --channels 0.5 --exclude 'head*' -o small.onnx
-  graphprune model.onnx --channels-for 'layer4*=0.6' --round-to 16 --plan-out plan.json
-  graphprune model.onnx --plan plan.json                  carry out a plan made before
-  graphprune inspect model.onnx                           the coupling groups, and why some are frozen
-  graphprune inspect model.onnx --why conv1.weight conv2.weight
-
-exit codes: 0 done; 1 the result failed its verification, nothing was written; 2 bad input, nothing was written
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"graphprune: error: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parse(given)
+        options = parse(given)
         with _terminable(), _plain_warnings(options.quiet):
             code = _inspect(options) if options.verb == "inspect" else _prune(options)
             sys.stdout.flush()
@@ -99,152 +76,7 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-# -- arguments --------------------------------------------------------------------------------------------------
-
-
-def _parse(given: Sequence[str]) -> argparse.Namespace:
-    """Pick the verb, which is ``prune`` unless the first argument names another."""
-    verb = given[0] if given and given[0] in ("inspect", "prune") else None
-    parser = _inspect_parser() if verb == "inspect" else _prune_parser()
-    options = parser.parse_args(given[1:] if verb else given)
-    options.verb = verb or "prune"
-    return options
-
-
-def _common(parser: argparse.ArgumentParser) -> None:
-    from graphprune import __version__
-
-    parser.add_argument("model", metavar="MODEL", help="an ONNX file; never changed")
-    parser.add_argument(
-        "--input-shape",
-        action="append",
-        type=_input_shape,
-        default=[],
-        metavar="NAME:1,3,224,224",
-        help="sizes for an input with dynamic dimensions; may be repeated",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "-v", "--verbose", action="count", default=0, help="print groups (-vv: with their members)"
-    )
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no table, no warnings")
-    parser.add_argument("--version", action="version", version=f"graphprune {__version__}")
-
-
-def _prune_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="graphprune",
-        usage="graphprune MODEL --channels RATIO [options]\n       graphprune inspect MODEL [options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _common(parser)
-    what = parser.add_argument_group("what goes")
-    what.add_argument(
-        "--channels",
-        type=float,
-        metavar="RATIO",
-        help="fraction to remove of every free group, 0 <= RATIO < 1",
-    )
-    what.add_argument(
-        "--channels-for",
-        action="append",
-        type=_channels_for,
-        default=[],
-        metavar="GLOB=RATIO",
-        help="fraction for groups that touch a matching node or tensor; may be repeated",
-    )
-    what.add_argument(
-        "--include",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="cut only groups that touch a matching node or tensor; may be repeated",
-    )
-    what.add_argument(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="leave alone groups that touch a matching node or tensor; may be repeated",
-    )
-    what.add_argument(
-        "--residual",
-        action="store_true",
-        help="also cut groups whose removal changes a statistic, such as the stream through LayerNorm",
-    )
-    what.add_argument(
-        "--round-to",
-        type=int,
-        metavar="N",
-        help="what stays of a group is a multiple of N (default: 8 for groups of 32 and more; 1: any number)",
-    )
-    what.add_argument(
-        "--score", default="l2", metavar="NAME", help="l2 (default), l1 or random: the least go first"
-    )
-    what.add_argument("--plan", type=Path, metavar="FILE", help="carry out this plan instead of choosing")
-    out = parser.add_argument_group("what is written")
-    out.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="default: MODEL.pruned.onnx beside MODEL"
-    )
-    out.add_argument("--plan-out", type=Path, metavar="FILE", help="also write the plan, as JSON")
-    check = parser.add_argument_group("verification")
-    check.add_argument(
-        "--calib",
-        type=Path,
-        metavar="FILE",
-        help="verify on these inputs: an .npz with an array for each input",
-    )
-    check.add_argument("--no-verify", action="store_true", help="do not compare with the masked original")
-    check.add_argument(
-        "--seed", type=_seed, default=0, metavar="N", help="for random inputs and scores (default: 0)"
-    )
-    return parser
-
-
-def _inspect_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="graphprune inspect",
-        description="List the coupling groups of a model: what can only go together, and what cannot go at all.",
-        allow_abbrev=False,
-    )
-    _common(parser)
-    parser.add_argument(
-        "--why",
-        nargs=2,
-        metavar=("A", "B"),
-        help="print the chain of operations that ties two tensors, each NAME or NAME[AXIS]",
-    )
-    return parser
-
-
-def _input_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, colon, sizes = text.rpartition(":")  # names may hold colons
-    try:
-        shape = tuple(int(size) for size in sizes.replace("x", ",").split(",")) if sizes.strip() else ()
-    except ValueError:
-        shape, colon = (), ""
-    if not colon or not name or any(size < 0 for size in shape):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME:1,3,224,224")
-    return name, shape
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no non-negative integer")
-    return int(text)
-
-
-def _channels_for(text: str) -> tuple[str, float]:
-    pattern, _, ratio = text.rpartition("=")
-    try:
-        if pattern:
-            return pattern, float(ratio)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not of the form GLOB=RATIO, such as 'layer4*=0.5'")
+# -- what the arguments mean ------------------------------------------------------------------------------------
 
 
 def _input_shapes(options: argparse.Namespace) -> dict[str, tuple[int, ...]]:
