@@ -108,6 +108,9 @@ class Analysis:
         if not colouring.add(self.atoms, labels, MAX_LABELLINGS, origin):
             return
         self._freeze_at_border(tensor, colouring.labellings)
+        self._wait(tensor)
+
+    def _wait(self, tensor: Tensor) -> None:
         if tensor not in self._waiting:
             self._waiting.add(tensor)
             rank = tensor.producer.index if tensor.producer is not None else -1
@@ -143,6 +146,9 @@ class Analysis:
                 continue
             for op, operand in operands_of(tensor):
                 self._push_through(op, operand, entry.labels, entry.origin)
+        colouring.refresh(self.atoms)
+        if not all(entry.carried for entry in colouring.entries):
+            self._wait(tensor)
 
     def _push_through(self, op: Op, operand: Operand, labels: Labels, origin: object) -> None:
         """Carry a labelling of one operand of an op to the op's other operands."""
@@ -159,10 +165,11 @@ class Analysis:
         for flow in at:
             if isinstance(origin, Origin) and origin.is_at(op, operand, flow):
                 continue
+            reversible = flow.reversible(labels)
             for target, carried in flow.push(self.atoms, operand, labels, where):
                 other = tensor_at(op, target)
                 if other is not None:
-                    self._add(other, carried, Origin(op, target, flow) if flow.reversible else None)
+                    self._add(other, carried, Origin(op, target, flow) if reversible else None)
 
     # -- seeds --------------------------------------------------------------------------------------------------
 

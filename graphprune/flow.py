@@ -31,9 +31,8 @@ class Operand(NamedTuple):
 class Flow(Protocol):
     """A relation between operands of one op along which labels move."""
 
-    @property
-    def reversible(self) -> bool:
-        """True if a labelling that the flow made of another tells it nothing when it is pushed back."""
+    def reversible(self, labels: Labels) -> bool:
+        """True if what the flow makes of a labelling tells it nothing when it is pushed back."""
 
     def operands(self) -> tuple[Operand, ...]:
         """The operands that the flow relates."""
@@ -64,8 +63,13 @@ class SignatureFlow:
 
     signature: Signature
 
+    def reversible(self, labels: Labels) -> bool:
+        # Uniting along an axis spreads labels to elements that bore none.
+        return self._symmetric and bool(labels.all())
+
     @cached_property
-    def reversible(self) -> bool:
+    def _symmetric(self) -> bool:
+        """True if each operand has one view, and the op sums over a factor in all operands or in none."""
         views = self.signature.views
         return len({(view.is_output, view.slot) for view in views}) == len(views) and not any(
             self.signature.role(name) is Role.PASS for view in views for name in view.summed
@@ -251,8 +255,7 @@ class TakeFlow:
     def operands(self) -> tuple[Operand, ...]:
         return (self.source, self.target)
 
-    @property
-    def reversible(self) -> bool:
+    def reversible(self, labels: Labels) -> bool:
         return self.monotone
 
     @cached_property
@@ -331,9 +334,8 @@ class ChainFlow:
 
     steps: tuple[TakeFlow, ...]
 
-    @property
-    def reversible(self) -> bool:
-        return all(step.reversible for step in self.steps)
+    def reversible(self, labels: Labels) -> bool:
+        return all(step.monotone for step in self.steps)
 
     def operands(self) -> tuple[Operand, ...]:
         return self.steps[0].operands()
@@ -357,8 +359,7 @@ class ReshapeFlow:
     source_shape: tuple[int, ...]
     target_shape: tuple[int, ...]
 
-    @property
-    def reversible(self) -> bool:
+    def reversible(self, labels: Labels) -> bool:
         return True
 
     def operands(self) -> tuple[Operand, ...]:

@@ -257,7 +257,8 @@ class Colouring:
         for entry in self.entries:
             found = atoms.find(entry.labels)
             if not (found == entry.labels).all():
-                entry.carried = entry.carried and bool(_alone(found, entry.labels).all())
+                if not _alone(found, entry.labels).all():
+                    found, entry.carried = compress(found), False
                 entry.labels, entry.origin = found, None
         self._age = atoms.unions
 
