@@ -110,7 +110,7 @@ def conv(op: Op) -> str:
 def deform_conv(op: Op) -> Description:
     if int(op.attributes.get("offset_group", 1)) != 1:
         return Refusal("its channels are tied to offset groups")
-    return "n (g c) S!*, (g k) c R!*, ?, (g k), ? -> n (g k) T!*"
+    return "n (g c) S!*, (g k) c R!*, n o! T!*, (g k), n m! T!* -> n (g k) T!*"
 
 
 def _per_channel(op: Op, slot: int, factors: str) -> str:

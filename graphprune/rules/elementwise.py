@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphprune.errors import RuleError
 from graphprune.graph import Op
-from graphprune.rules.registry import register
+from graphprune.rules.registry import Description, Refusal, has_input, known_data, register
 
 
 def term(shape: tuple[int, ...], whole: tuple[int, ...], letter: str = "x") -> str:
@@ -47,6 +47,15 @@ def trailing_bias(op: Op) -> str:
     return f"{'S* c, c' if len(op.inputs) > 1 and op.inputs[1] is not None else 'S* c'} -> S* c"
 
 
+def dropout(op: Op) -> Description:
+    """What it drops in training is drawn at random."""
+    if has_input(op, 2):
+        training = known_data(op, 2)
+        if training is None or bool(training.any()):
+            return Refusal("it may be in training mode, where it drops elements at random")
+    return "S*, ?, ? -> S*, S*"
+
+
 UNARY = """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu
     HardSigmoid HardSwish IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
     Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu com.microsoft::Gelu com.microsoft::QuickGelu"""
@@ -59,5 +68,5 @@ register(BROADCAST, broadcasting)
 # These leave every element what it is, so labels flow through them on constants too.
 register("Identity Cast", "S* -> S*", layout=True)
 register("CastLike", "S*, ? -> S*", layout=True)
-register("Dropout", "S*, ?, ? -> S*, S*")
+register("Dropout", dropout)
 register("com.microsoft::BiasGelu com.microsoft::FastGelu", trailing_bias)

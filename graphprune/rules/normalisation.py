@@ -74,7 +74,7 @@ def batch_norm(op: Op) -> Description:
 def embed_layer_norm(op: Op) -> str:
     """``norm(word[id] + position[i] + segment[s])`` over the hidden axis d; the last output is the sum."""
     segment = "q! d~" if has_input(op, 4) else "?"
-    outputs = ["b s! d~", "?", "b s! d~"][: max(1, len(op.outputs))]
+    outputs = ["b s! d~", "b", "b s! d~"][: max(1, len(op.outputs))]
     ids = ["b s!" if has_input(op, slot) and len(shape_of(op, slot)) == 2 else "?" for slot in (1, 7, 8)]
     return f"b s!, {ids[0]}, v! d~, p! d~, {segment}, d~, d~, {ids[1]}, {ids[2]} -> {', '.join(outputs)}"
 

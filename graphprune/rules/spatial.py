@@ -62,6 +62,12 @@ def depth_to_space(op: Op) -> str:
     return "n (r! s! c) h! w! -> n c (h! r!) (w! s!)"
 
 
+def space_to_depth(op: Op) -> str:
+    if str(op.attributes.get("mode", "DCR")) == "CRD":
+        return "n c (h! r!) (w! s!) -> n (c r! s!) h! w!"
+    return "n c (h! r!) (w! s!) -> n (r! s! c) h! w!"
+
+
 def col2im(op: Op) -> str:
     return "n (c k!) l! -> n c S!*"
 
@@ -77,7 +83,7 @@ register("GlobalAveragePool GlobalMaxPool GlobalLpPool", global_pool)
 register("Resize Upsample", resize, rewrite=rewrite_resize)
 # blocksize is both r and s; the height and width on the other side give the second.
 register("DepthToSpace", depth_to_space, attributes={"blocksize": "r"})
-register("SpaceToDepth", "n c (h! r!) (w! s!) -> n (r! s! c) h! w!", attributes={"blocksize": "r"})
-register("GridSample", "n c S!*, ? -> n c T!*")
+register("SpaceToDepth", space_to_depth, attributes={"blocksize": "r"})
+register("GridSample", "n c S!*, n T!* _ -> n c T!*")
 register("RoiAlign", "b! c h! w!, ?, ? -> m! c p! q!")
 register("MaxRoiPool", "b! c h! w!, ? -> m! c p! q!")

@@ -57,7 +57,11 @@ LITERALS: dict[str, tuple[int, ...]] = {
     "Unsqueeze": (1,),
     "Upsample": (1,),
     **dict.fromkeys(
-        (f"Reduce{kind}" for kind in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split()), (1,)
+        (
+            f"Reduce{k}"
+            for k in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")
+        ),
+        (1,),
     ),
 }
 
@@ -84,7 +88,12 @@ def with_constants(single: Single, chosen: Callable[[onnx.NodeProto, int], bool]
     for value in model.graph.input:
         reader = readers.get(value.name)
         array = feeds.get(value.name)
-        if reader is not None and chosen(*reader) and isinstance(array, np.ndarray) and value.type.HasField("tensor_type"):
+        if (
+            reader is not None
+            and chosen(*reader)
+            and isinstance(array, np.ndarray)
+            and value.type.HasField("tensor_type")
+        ):
             tensor = numpy_helper.from_array(array, value.name)
             if tensor.data_type == value.type.tensor_type.elem_type:
                 model.graph.initializer.append(tensor)
@@ -221,11 +230,13 @@ def compare(single: Single, opened: Opened, removed: npt.NDArray[np.int32]) -> O
     if set(found) != set(expected):
         return Outcome("wrong", f"outputs {sorted(found)} in place of {sorted(expected)}", changed)
     for name, reference_value in expected.items():
-        error = difference(reference_value, found[name])
+        differs = difference(reference_value, found[name])
         dtype = reference_value.dtype if isinstance(reference_value, np.ndarray) else np.dtype(object)
-        if not error <= tolerance_of(dtype):
+        if not differs <= tolerance_of(dtype):
             shapes = f"{np.shape(reference_value)} and {np.shape(found[name])}"
-            return Outcome("wrong", f"output {name!r} differs by {error:.2g} of its scale, shapes {shapes}", changed)
+            return Outcome(
+                "wrong", f"output {name!r} differs by {differs:.2g} of its scale, shapes {shapes}", changed
+            )
     return Outcome("exact", "", changed)
 
 
@@ -243,9 +254,15 @@ def masked(
     graph = analysis.graph
     outputs = {
         name: _left(masks, tensor, whole[name])
-        for tensor, name in zip(graph.outputs, [value.name for value in reference.graph.outputs], strict=True)
+        for tensor, name in zip(
+            graph.outputs, [value.name or "" for value in reference.graph.outputs], strict=True
+        )
     }
-    inputs = {tensor.name: _left(masks, tensor, feeds[tensor.name]) for tensor in graph.inputs if tensor.name in feeds}
+    inputs = {
+        tensor.name: _left(masks, tensor, feeds[tensor.name])
+        for tensor in graph.inputs
+        if tensor.name in feeds
+    }
     return outputs, inputs
 
 
