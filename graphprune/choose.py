@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.analysis import Analysis, operands_of
-from graphprune.errors import NothingToPruneError, OptionError
+from graphprune.errors import NothingToPruneError, OptionError, PlanError
 from graphprune.graph import Tensor
 from graphprune.groups import Group
 from graphprune.labels import varying_axes
@@ -39,7 +39,7 @@ class Request:
         residual: Also cut groups whose removal changes a statistic.
         include: Cut only groups that touch a node or tensor matching one of these globs.
         exclude: Leave groups alone that touch a node or tensor matching one of these globs.
-        channels_for: Glob -> fraction, for groups that touch a matching node or tensor; wins over ``channels``.
+        channels_for: Glob -> fraction, for groups that a matching layer makes; wins over ``channels``.
     """
 
     channels: float = 0.0
@@ -59,26 +59,30 @@ class Request:
             raise OptionError(f"round_to is {self.round_to}; give a positive number (1 turns rounding off)")
 
 
-def names_of(analysis: Analysis, groups: Sequence[Group]) -> list[set[str]]:
-    """For each group the names of the weights that it cuts and of the nodes that read them, or make its tensors."""
-    owner = np.full(len(analysis.atoms), -1, dtype=np.int64)
-    for index, group in enumerate(groups):
-        owner[group.labels] = index
-    names: list[set[str]] = [{group.name} for group in groups]
-    for tensor in analysis.colourings:
-        around = {tensor.name}
-        if tensor.value is not None and tensor.value.name:
-            around.add(tensor.value.name)
-        if tensor.constant:
-            around |= {op.name for op, _ in operands_of(tensor)}
-        for labels in analysis.labellings(tensor):
-            for index in np.unique(owner[labels[labels > 0]]).tolist():
-                names[index] |= around
+def names_of(analysis: Analysis, groups: Sequence[Group], *, makers: bool = False) -> list[set[str]]:
+    """For each group the names of the weights that it cuts and of the nodes that read them, and of its activations.
+
+    With ``makers`` only of weights that make or keep the group's positions, not of those that sum over them.
+    """
+    tensors = {tensor.name: tensor for tensor in analysis.colourings}
+    names: list[set[str]] = []
+    for group in groups:
+        found = {group.name}
+        for member in group.members:
+            tensor = tensors[member.tensor]
+            if makers and not (member.is_constant and member.role == "pass-through"):
+                continue
+            found.add(tensor.name)
+            if tensor.value is not None and tensor.value.name:
+                found.add(tensor.value.name)
+            if tensor.constant:
+                found |= {op.name for op, _ in operands_of(tensor)}
+        names.append(found)
     return names
 
 
 def _match(pattern: str, names: Sequence[set[str]]) -> list[bool]:
-    hits = [any(fnmatchcase(name, pattern) for name in group) for group in names]
+    hits = [any(name == pattern or fnmatchcase(name, pattern) for name in group) for group in names]
     if not any(hits):
         raise OptionError(f"the glob {pattern!r} matches no node or tensor that a group touches")
     return hits
@@ -86,6 +90,8 @@ def _match(pattern: str, names: Sequence[set[str]]) -> list[bool]:
 
 def ratios(analysis: Analysis, groups: Sequence[Group], request: Request) -> list[float | None]:
     """The ratio for each group; None where it must not be cut."""
+    if not (request.include or request.exclude or request.channels_for):
+        return [None if _kept_whole(group, request) else request.channels for group in groups]
     names = names_of(analysis, groups)
     included = [not request.include] * len(groups)
     for pattern in request.include:
@@ -93,19 +99,35 @@ def ratios(analysis: Analysis, groups: Sequence[Group], request: Request) -> lis
     for pattern in request.exclude:
         included = [a and not b for a, b in zip(included, _match(pattern, names), strict=True)]
     wanted: list[float | None] = [request.channels if there else None for there in included]
-    for pattern, ratio in request.channels_for.items():
-        for index, hit in enumerate(_match(pattern, names)):
-            if hit:
-                wanted[index] = ratio
-    for index, group in enumerate(groups):
-        if group.frozen or (group.statistical and not request.residual):
-            wanted[index] = None
-    return wanted
+    for index, ratio in _named(analysis, groups, request).items():
+        wanted[index] = ratio
+    return [
+        None if _kept_whole(group, request) else ratio for group, ratio in zip(groups, wanted, strict=True)
+    ]
+
+
+def _kept_whole(group: Group, request: Request) -> bool:
+    return group.frozen is not None or (group.statistical is not None and not request.residual)
+
+
+def _named(analysis: Analysis, groups: Sequence[Group], request: Request) -> dict[int, float]:
+    """The groups that ``channels_for`` speaks of: those that a matching layer makes."""
+    if not request.channels_for:
+        return {}
+    names = names_of(analysis, groups, makers=True)
+    return {
+        index: ratio
+        for pattern, ratio in request.channels_for.items()
+        for index, hit in enumerate(_match(pattern, names))
+        if hit
+    }
 
 
 def keep_count(group: Group, ratio: float, round_to: int | None) -> int:
     """How many of ``group.unit`` equal parts stay."""
     unit, size = group.unit, group.size
+    if ratio == 0:
+        return unit
     row = max(len(block) for block in group.blocks)
     step = round_to if round_to is not None else (ROUND_TO if size >= ROUNDED_FROM else 1)
     target = (1 - ratio) * unit
@@ -150,12 +172,7 @@ def choose(
     wanted = ratios(analysis, groups, request)
     if not any(ratio is not None for ratio in wanted):
         raise NothingToPruneError(_why_nothing(groups, request))
-    named = {
-        index
-        for pattern, ratio in request.channels_for.items()
-        for index, hit in enumerate(_match(pattern, names_of(analysis, groups)))
-        if hit and wanted[index] == ratio
-    }
+    named = {index for index in _named(analysis, groups, request) if wanted[index] is not None}
     candidates = {
         index: gone
         for index, ratio in enumerate(wanted)
@@ -241,11 +258,10 @@ def _mend(
         faults = masks.faults()
         if not faults:
             return removed
-        for tensor, _ in faults:
+        for tensor, fault in faults:
             touching = _touching(analysis, tensor, cut)
-            mask = masks.mask(tensor)
             single = [i for i in touching if len(groups[i].blocks) == 1]
-            if mask is not None and not mask.any() and single:
+            if masks.is_empty(tensor) and single:
                 index = max(single, key=lambda i: float(scores[cut[i]].max()))
                 strongest = cut[index][np.argmax(scores[cut[index]])]
                 cut[index] = cut[index][cut[index] != strongest]
@@ -253,6 +269,8 @@ def _mend(
                     del cut[index]
             elif touching:
                 del cut[min(touching, key=lambda i: groups[i].size)]
+            else:
+                raise PlanError(fault)
             break
 
 

@@ -88,7 +88,7 @@ class _Masker:
     def _cut_factors(self, op: Op, flow: SignatureFlow, operand: Operand) -> list[tuple[str, Mask]]:
         """For each labelling of an operand that loses something: the factor that it cuts, and what it keeps."""
         tensor = tensor_at(op, operand)
-        if tensor is None or self._masks.mask(tensor) is None:
+        if tensor is None or not self._masks.parts(tensor):
             return []
         found = []
         for labels in self._masks.analysis.labellings(tensor):

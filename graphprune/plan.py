@@ -15,7 +15,7 @@ from graphprune.analysis import Analysis
 from graphprune.errors import PlanError
 from graphprune.graph import Tensor
 from graphprune.groups import Group
-from graphprune.kernels.box import Mask, box, broadcast_box, separable
+from graphprune.kernels.box import Mask, box, box_of_parts, by_axis, combined
 from graphprune.labels import Labels
 
 #: Version of the plan file's format.
@@ -43,22 +43,28 @@ class Plan:
 
     Attributes:
         cuts: One entry for each group that loses something.
-        masks: By initializer name, what is kept: bool, broadcasting against the initializer's shape.
+        parts: By initializer name, what is kept: bool arrays that broadcast against the initializer's shape; an
+            element stays where all of them hold.
         shapes: By initializer name, its shape before.
     """
 
     cuts: list[Cut]
-    masks: dict[str, Mask] = field(default_factory=dict)
+    parts: dict[str, list[Mask]] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def masks(self) -> dict[str, Mask]:
+        """By initializer name, what is kept: one bool array that broadcasts against the initializer's shape."""
+        return {name: combined(parts) for name, parts in self.parts.items()}
 
     @property
     def kept(self) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
         """By initializer name and axis, the kept positions; only where the axes are cut independently."""
         result: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
-        for name, mask in self.masks.items():
-            factors = separable(mask)
-            if factors is not None:
-                result[name] = {axis: np.flatnonzero(f) for axis, f in enumerate(factors) if not f.all()}
+        for name, parts in self.parts.items():
+            masks = by_axis(parts)
+            if masks is not None:
+                result[name] = {axis: np.flatnonzero(mask) for axis, mask in sorted(masks.items())}
         return result
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,14 +75,14 @@ class Plan:
         """
         kept = self.kept
         initializers: dict[str, Any] = {}
-        for name, mask in self.masks.items():
+        for name, parts in self.parts.items():
             if name in kept:
                 initializers[name] = {"axes": {str(a): p.tolist() for a, p in kept[name].items()}}
             else:
-                whole = np.broadcast_to(mask, self.shapes[name])
+                whole = np.broadcast_to(combined(parts), self.shapes[name])
                 initializers[name] = {
                     "elements": np.flatnonzero(whole.ravel()).tolist(),
-                    "shape": list(broadcast_box(mask, self.shapes[name]) or ()),
+                    "shape": list(box_of_parts(parts, self.shapes[name]) or ()),
                 }
         return {
             "graphprune_plan": FORMAT,
@@ -154,23 +160,29 @@ class Masks:
         self.analysis = analysis
         self._gone = np.zeros(len(analysis.atoms), dtype=bool)
         self._gone[removed] = True
-        self._masks: dict[Tensor, Mask | None] = {}
+        self._parts: dict[Tensor, list[Mask]] = {}
         self._shapes: dict[Tensor, tuple[int, ...]] = {}
 
     def kept(self, labels: Labels) -> Mask:
         """Which elements one labelling keeps; broadcasts as the labelling does."""
         return ~self._gone[labels]
 
+    def parts(self, tensor: Tensor) -> list[Mask]:
+        """What is kept of a tensor, one array for each labelling that loses something; empty where all is kept."""
+        if tensor not in self._parts:
+            found = (self.kept(labels) for labels in self.analysis.labellings(tensor))
+            self._parts[tensor] = [part for part in found if not part.all()]
+        return self._parts[tensor]
+
     def mask(self, tensor: Tensor) -> Mask | None:
         """What is kept of a tensor; None where all is."""
-        if tensor not in self._masks:
-            kept: Mask | None = None
-            for labels in self.analysis.labellings(tensor):
-                gone = self._gone[labels]
-                if gone.any():
-                    kept = ~gone if kept is None else kept & ~gone
-            self._masks[tensor] = kept
-        return self._masks[tensor]
+        parts = self.parts(tensor)
+        return combined(parts) if parts else None
+
+    def is_empty(self, tensor: Tensor) -> bool:
+        """True if nothing is left of a tensor."""
+        parts = self.parts(tensor)
+        return bool(parts) and 0 in (box_of_parts(parts, tensor.shape or ()) or ())
 
     def shape(self, tensor: Tensor) -> tuple[int, ...]:
         """The shape of a tensor after.
@@ -181,18 +193,18 @@ class Masks:
         if tensor.shape is None:
             raise PlanError(f"the shape of {tensor.name!r} is not known")
         if tensor not in self._shapes:
-            mask = self.mask(tensor)
-            shape = tensor.shape if mask is None else broadcast_box(mask, tensor.shape)
+            parts = self.parts(tensor)
+            shape = box_of_parts(parts, tensor.shape) if parts else tensor.shape
             if shape is None:
                 raise PlanError(f"what is left of tensor {tensor.name!r} has rows of different lengths")
-            if mask is not None and not mask.any():
+            if parts and 0 in shape:
                 raise PlanError(f"nothing would be left of tensor {tensor.name!r}")
             self._shapes[tensor] = shape
         return self._shapes[tensor]
 
     def changed(self) -> list[Tensor]:
         """Tensors that lose something."""
-        return [tensor for tensor in self.analysis.colourings if self.mask(tensor) is not None]
+        return [tensor for tensor in self.analysis.colourings if self.parts(tensor)]
 
     def faults(self) -> list[tuple[Tensor, str]]:
         """Tensors of which no box, or nothing, is left."""
@@ -226,9 +238,8 @@ def make_plan(
     masks = Masks(analysis, removed)
     plan = Plan(cuts)
     for tensor in masks.changed():
-        mask = masks.mask(tensor)
-        if tensor.constant and tensor.producer is None and tensor.value is not None and mask is not None:
+        if tensor.constant and tensor.producer is None and tensor.value is not None:
             name = tensor.value.name or tensor.name
-            plan.masks[name] = mask
+            plan.parts[name] = masks.parts(tensor)
             plan.shapes[name] = tensor.shape or ()
     return plan, masks

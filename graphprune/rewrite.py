@@ -21,7 +21,7 @@ from graphprune.errors import PlanError
 from graphprune.evaluate import evaluate_constant
 from graphprune.flow import Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
-from graphprune.kernels.box import Mask, broadcast_box, compact
+from graphprune.kernels.box import Mask, box_of_parts, compact
 from graphprune.plan import Masks
 from graphprune.rules.registry import Refusal, find_rule, tensor_at
 from graphprune.signature import View
@@ -97,11 +97,13 @@ class OpChange:
 
     def _view_sizes(self, flow: SignatureFlow, view: View) -> tuple[int, ...]:
         sizes = tuple(flow.signature.sizes[name] for name in view.factors)
-        mask = self._masks.mask(self._tensor(Operand(view.is_output, view.slot)))
-        if mask is None:
+        parts = self._masks.parts(self._tensor(Operand(view.is_output, view.slot)))
+        if not parts:
             return sizes
-        spread = spread_mask(mask, flow, view)
-        return broadcast_box(spread, sizes) or sizes
+        box = box_of_parts([spread_mask(part, flow, view) for part in parts], sizes)
+        if box is None:
+            raise PlanError(f"{self.op.kind} {self.op.name!r}: what is left of an operand is ragged")
+        return box
 
     def check(self) -> None:
         """Every factor has one new size."""
@@ -229,22 +231,21 @@ class Rewriter:
                 if tensor.producer is None or self._analysis.is_leaf(tensor.producer):
                     by_value.setdefault(tensor.value, []).append(tensor)
         for value, tensors in by_value.items():
-            if all(self._masks.mask(tensor) is None for tensor in tensors):
+            if not any(self._masks.parts(tensor) for tensor in tensors):
                 continue
             self._compact(value, tensors)
 
     def _compact(self, value: ir.Value, tensors: list[Tensor]) -> None:
-        versions: dict[tuple[tuple[int, ...], bytes] | None, list[Tensor]] = {}
+        versions: dict[tuple[tuple[tuple[int, ...], bytes], ...], list[Tensor]] = {}
         for tensor in tensors:
-            mask = self._masks.mask(tensor)
-            versions.setdefault(None if mask is None else (mask.shape, mask.tobytes()), []).append(tensor)
+            key = tuple((part.shape, part.tobytes()) for part in self._masks.parts(tensor))
+            versions.setdefault(key, []).append(tensor)
         array = evaluate_constant(tensors[0])
         # The version that keeps the name is the first one; the others are clones.
         for number, (key, users) in enumerate(versions.items()):
-            mask = self._masks.mask(users[0])
-            data = array if mask is None else compact(array, mask)
+            data = compact(array, *self._masks.parts(users[0])) if key else array
             if number == 0:
-                if key is not None:
+                if key:
                     self._replace_contents(value, data)
                 continue
             for tensor in users:
@@ -317,14 +318,14 @@ class Rewriter:
     def _scaled(
         self, node: ir.Node, value: ir.Value | None, new: Sequence[int], old: Sequence[int]
     ) -> ir.Value:
-        """Positive entries times new / old; 0 and -1 have meanings of their own."""
+        """Entries times new / old; -1, 0 and 1 have meanings of their own (infer, copy, broadcast)."""
         base = f"{base_name(node)}_scale"
         times = self._splice.integers(node, base, new)
         parts = self._splice.integers(node, base, old)
-        zero = self._splice.integers(node, base, 0)
+        one = self._splice.integers(node, base, 1)
         multiplied = self._splice.insert(node, "Mul", [value, times], like=value)
         divided = self._splice.insert(node, "Div", [multiplied, parts], like=value)
-        positive = self._splice.insert(node, "Greater", [value, zero])
+        positive = self._splice.insert(node, "Greater", [value, one])
         positive.type = ir.TensorType(ir.DataType.BOOL)
         return self._splice.insert(node, "Where", [positive, divided, value], like=value)
 

@@ -7,7 +7,7 @@ what Reshape keeps, compacting before or after a Reshape is the same wherever bo
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,25 +62,58 @@ def separable(mask: Mask) -> tuple[Mask, ...] | None:
     return factors if bool((outer == mask).all()) else None
 
 
-def compact(array: npt.NDArray[Any], mask: Mask) -> npt.NDArray[Any]:
-    """What is left of ``array`` where ``mask`` (which broadcasts against it) holds, as a box.
+def by_axis(parts: Sequence[Mask]) -> dict[int, Mask] | None:
+    """One mask an axis where each part depends on one axis at most; None where one depends on several.
+
+    Weights are cut along their axes one by one, nearly always; then nothing of the weight's size need be formed.
+    """
+    masks: dict[int, Mask] = {}
+    for part in parts:
+        axes = [axis for axis, size in enumerate(part.shape) if size > 1]
+        if len(axes) > 1:
+            return None
+        for axis in axes:
+            masks[axis] = masks[axis] & part.ravel() if axis in masks else part.ravel()
+        if not axes and not part.all():
+            return None
+    return masks
+
+
+def combined(parts: Sequence[Mask]) -> Mask:
+    """What all parts keep."""
+    mask = parts[0]
+    for part in parts[1:]:
+        mask = mask & part
+    return mask
+
+
+def box_of_parts(parts: Sequence[Mask], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The box of all parts together, each of which broadcasts against ``shape``; None if there is none."""
+    masks = by_axis(parts)
+    if masks is None:
+        return broadcast_box(combined(parts), shape)
+    if not all(mask.any() for mask in masks.values()):
+        return (0,) * len(shape)
+    return tuple(int(masks[axis].sum()) if axis in masks else size for axis, size in enumerate(shape))
+
+
+def compact(array: npt.NDArray[Any], *parts: Mask) -> npt.NDArray[Any]:
+    """What is left of ``array`` where all parts (which broadcast against it) hold, as a box.
 
     Raises:
-        ValueError: The mask does not compact to a box.
+        ValueError: It is no box.
     """
-    sizes = broadcast_box(mask, array.shape)
-    if sizes is None:
-        raise ValueError("the mask does not compact to a box")
-    factors = separable(mask)
-    if factors is not None:
-        for axis, factor in enumerate(factors):
-            if factor.size > 1 and not factor.all():
-                array = array.compress(factor, axis=axis)
-        return np.ascontiguousarray(array)
-    return array[np.broadcast_to(mask, array.shape)].reshape(sizes)
-
-
-def kept_count(mask: Mask, shape: tuple[int, ...]) -> int:
-    """How many elements of a tensor of that shape a broadcasting mask keeps."""
-    repeats = prod(full // dim for dim, full in zip(mask.shape, shape, strict=True) if dim)
-    return int(mask.sum()) * int(repeats)
+    masks = by_axis(parts)
+    if masks is None:
+        whole = combined(parts)
+        sizes = broadcast_box(whole, array.shape)
+        if sizes is None:
+            raise ValueError("the mask does not compact to a box")
+        factors = separable(whole)
+        if factors is None:
+            return np.asarray(array[np.broadcast_to(whole, array.shape)].reshape(sizes))
+        masks = {axis: factor for axis, factor in enumerate(factors) if factor.size > 1}
+    for axis, mask in masks.items():
+        if not mask.all():
+            array = array.compress(mask, axis=axis)
+    return np.ascontiguousarray(array)
