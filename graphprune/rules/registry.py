@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -201,11 +202,22 @@ def normal_axis(axis: int, rank: int) -> int:
 
 def signature_flow(op: Op, text: str, sizes: Mapping[str, int]) -> SignatureFlow:
     """Bind a signature's text to an op's shapes."""
-    shapes = [
-        [None if tensor is None else tensor.shape for tensor in tensors]
+    inputs, outputs = (
+        tuple(None if tensor is None else tensor.shape for tensor in tensors)
         for tensors in (op.inputs, op.outputs)
-    ]
-    return SignatureFlow(bind(parse(text), shapes[0], shapes[1], sizes))
+    )
+    return _bound(text, inputs, outputs, tuple(sizes.items()))
+
+
+@lru_cache(maxsize=4096)
+def _bound(
+    text: str,
+    inputs: tuple[tuple[int, ...] | None, ...],
+    outputs: tuple[tuple[int, ...] | None, ...],
+    sizes: tuple[tuple[str, int], ...],
+) -> SignatureFlow:
+    """Layers repeat: most ops of a network share their signature with others."""
+    return SignatureFlow(bind(parse(text), inputs, outputs, dict(sizes)))
 
 
 def _sizes(op: Op, rule: Rule) -> dict[str, int]:
