@@ -1,12 +1,14 @@
 """Laws on generated graphs.
 
-pytest tests/test_generated.py                                 60 graphs a law
-pytest tests/test_generated.py --hypothesis-profile=long       2,000 graphs a law
+Without more said, 60 graphs a law, always the same. For as many as one likes, at random::
+
+    GRAPHPRUNE_EXAMPLES=2000 pytest tests/test_generated.py
 """
 
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -25,16 +27,12 @@ from graphprune.twin import build_twin
 from tests.laws.graphs import graphs
 from tests.laws.single import run
 
-_CHECKS = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-settings.register_profile(
-    "ci", deadline=None, max_examples=60, suppress_health_check=_CHECKS, derandomize=True
+law = settings(
+    deadline=None,
+    max_examples=int(os.environ.get("GRAPHPRUNE_EXAMPLES", "60")),
+    derandomize="GRAPHPRUNE_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 )
-settings.register_profile("long", deadline=None, max_examples=2000, suppress_health_check=_CHECKS)
-
-
-if settings().max_examples == settings.get_profile("default").max_examples:
-    settings.load_profile("ci")
-
 ratios = st.sampled_from([0.2, 0.3, 0.5])
 
 
@@ -43,6 +41,7 @@ def names(model: onnx.ModelProto) -> str:
     return str(onnx.printer.to_text(model))
 
 
+@law
 @given(graphs())
 def test_generated_graphs_are_valid_and_run(model: onnx.ModelProto) -> None:
     onnx.checker.check_model(model, full_check=True)
@@ -56,6 +55,7 @@ def test_generated_graphs_are_valid_and_run(model: onnx.ModelProto) -> None:
     assert all(np.isfinite(output).all() for output in run(model, feeds).values())
 
 
+@law
 @given(graphs(), ratios, st.booleans(), st.integers(0, 5))
 def test_removal_equals_masking(model: onnx.ModelProto, channels: float, residual: bool, seed: int) -> None:
     before = model.SerializeToString()
@@ -124,11 +124,13 @@ def reordered(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     return result
 
 
+@law
 @given(graphs(), st.integers(0, 1000))
 def test_groups_do_not_depend_on_the_order_of_analysis(model: onnx.ModelProto, seed: int) -> None:
     assert fingerprint(model) == fingerprint(reordered(model, seed))
 
 
+@law
 @given(graphs(), ratios, st.integers(0, 5))
 def test_a_plan_gives_the_same_bytes_again(model: onnx.ModelProto, channels: float, seed: int) -> None:
     options: dict[str, Any] = {"score": "random", "seed": seed, "verify": False}
@@ -147,6 +149,7 @@ def test_a_plan_gives_the_same_bytes_again(model: onnx.ModelProto, channels: flo
         assert name not in shapes or np.prod(shapes[name]) == kept
 
 
+@law
 @given(graphs(), ratios)
 def test_which_positions_go_does_not_decide_how_many(model: onnx.ModelProto, channels: float) -> None:
     sizes = []
@@ -159,6 +162,7 @@ def test_which_positions_go_does_not_decide_how_many(model: onnx.ModelProto, cha
     assert sizes[0] == sizes[1]
 
 
+@law
 @given(graphs())
 def test_labels_are_known_by_their_representatives(model: onnx.ModelProto) -> None:
     analysis = Analysis(build_twin(as_ir(model)[0]))
