@@ -323,6 +323,8 @@ class TakeFlow:
         labels = labels.take(positions, axis=self.axis)
         result = np.zeros(shape, dtype=np.int32)
         result[_axis_slice(self.axis, used)] = labels
+        if self.monotone:
+            return compress(result)
         # A position taken several times bears one label.
         atoms.union(result.take(used, axis=self.axis), labels)
         return compress(atoms.find(result))

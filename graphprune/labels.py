@@ -176,8 +176,9 @@ def unite_identical(atoms: Atoms, left: Labels, right: Labels) -> None:
         return
     a = np.broadcast_to(left, shape).ravel()
     b = np.broadcast_to(right, shape).ravel()
-    same = _alone(a, b) & _alone(b, a)
-    atoms.union(a[same], b[same])
+    if ((a != b) & (a > 0) & (b > 0)).any():  # not so for the pieces of a Concat
+        same = _alone(a, b) & _alone(b, a)
+        atoms.union(a[same], b[same])
 
 
 def _alone(a: Labels, b: Labels) -> npt.NDArray[np.bool_]:
