@@ -163,11 +163,12 @@ def reshapes(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...]]:
     def shape() -> tuple[int, ...]:
         sizes: list[int] = []
         for factor in factors:
-            if sizes and draw(st.booleans()):
+            joined = draw(st.booleans())
+            if sizes and joined:
                 sizes[-1] *= factor
             else:
                 sizes.append(factor)
-            sizes += [1] * draw(st.integers(0, 1))
+            sizes += draw(st.sampled_from(([], [1])))
         return tuple(sizes)
 
     return shape(), shape()
@@ -194,7 +195,7 @@ def test_reshape_of_labels_that_vary_along_some_axes(
 ) -> None:
     source, target = pair
     atoms = Atoms()
-    small = numbered(atoms, tuple(data.draw(st.sampled_from([1, size])) for size in source))
+    small = numbered(atoms, data.draw(st.tuples(*(st.sampled_from([1, size]) for size in source))))
     carried = push(ReshapeFlow(X, Y, source, target), atoms, X, small)[Y]
     assert same_everywhere(carried, np.broadcast_to(small, source).reshape(target))
 

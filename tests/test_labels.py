@@ -70,7 +70,8 @@ def two_labellings(draw: st.DrawFn) -> tuple[Labels, Labels]:
 
 @given(rounds)
 def test_classes_are_the_connected_components(steps: list[list[tuple[int, int]]]) -> None:
-    atoms, graph = fresh(), nx.Graph()
+    atoms = fresh()
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(1, COUNT + 1))
     for some in steps:
         unite(atoms, some)
@@ -186,7 +187,8 @@ def test_varying_axes_by_definition(labels: Labels) -> None:
 @given(labellings, st.integers(0, 2))
 def test_unite_along_makes_lines_one_class(labels: Labels, axis: int) -> None:
     axis %= labels.ndim
-    atoms, graph = fresh(5), nx.Graph()
+    atoms = fresh(5)
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(1, 6))
     for line in np.moveaxis(labels, axis, -1).reshape(-1, labels.shape[axis]).tolist():
         there = [label for label in line if label]
@@ -203,7 +205,8 @@ def test_unite_along_makes_lines_one_class(labels: Labels, axis: int) -> None:
 @given(two_labellings())
 def test_unite_identical_by_brute_force(both: tuple[Labels, Labels]) -> None:
     left, right = both
-    atoms, graph = fresh(9), nx.Graph()
+    atoms = fresh(9)
+    graph: nx.Graph[int] = nx.Graph()
     graph.add_nodes_from(range(1, 10))
     shape = np.broadcast_shapes(left.shape, right.shape)
     cells: list[dict[int, frozenset[int]]] = []
