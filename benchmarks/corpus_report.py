@@ -8,7 +8,7 @@ import platform
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def document(results: Results, command: Sequence[str]) -> dict[str, Any]:
     exported = sorted({f"{k} {v}" for r in results.values() for k, v in r.get("versions", {}).items()})
     return {
         "command": " ".join(command),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
         "exported_with": exported,

@@ -20,7 +20,7 @@ from graphprune.analysis import Analysis
 from graphprune.errors import VerificationError
 from graphprune.flow import Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
-from graphprune.kernels.box import Mask, separable
+from graphprune.kernels.box import Mask, combined, separable
 from graphprune.labels import varying_axes
 from graphprune.plan import Masks
 from graphprune.rewrite import Edits
@@ -90,7 +90,7 @@ class _Masker:
         tensor = tensor_at(op, operand)
         if tensor is None or not self._masks.parts(tensor):
             return []
-        found = []
+        found: list[tuple[str, Mask]] = []
         for labels in self._masks.analysis.labellings(tensor):
             kept = self._masks.kept(labels)
             if kept.all():
@@ -102,22 +102,34 @@ class _Masker:
                 if spread is not None and (varying := varying_axes(spread)):
                     own = view.factors[varying[-1]]
                     found.append((own + "^" if own in view.summed else own, kept))
-        return [(name, kept) for name, kept in found]
+        return found
 
     def mask_operands(self, op: Op, flow: SignatureFlow, node: ir.Node) -> None:
-        """Zero what the op sums over and the plan removes, in each operand."""
+        """Zero what the op sums over and the plan removes.
+
+        A product with zero is zero, whichever operand is: a weight is masked only for the factors for which no
+        activation can be, so that weights need not be copied.
+        """
+        cuts: dict[int, dict[str, Mask]] = {}
         for slot, tensor in enumerate(op.inputs):
+            for name, kept in self._cut_factors(op, flow, Operand(False, slot)) if tensor is not None else ():
+                if name.endswith("^"):
+                    masks = cuts.setdefault(slot, {})
+                    masks[name] = masks[name] & kept if name in masks else kept
+        quantised = any((op.domain, op.op_type, slot) in _ZERO_POINTS for slot in range(len(op.inputs)))
+        by_activations = {
+            name
+            for slot, masks in cuts.items()
+            for name in masks
+            if not quantised and (tensor := op.inputs[slot]) is not None and not tensor.constant
+        }
+        for slot, masks in cuts.items():
+            tensor = op.inputs[slot]
             if tensor is None:
                 continue
-            cuts = [
-                kept for name, kept in self._cut_factors(op, flow, Operand(False, slot)) if name.endswith("^")
-            ]
-            if not cuts:
-                continue
-            mask = cuts[0]
-            for other in cuts[1:]:
-                mask = mask & other
-            self._mask(op, node, slot, tensor, mask)
+            needed = [m for name, m in masks.items() if not (tensor.constant and name in by_activations)]
+            if needed:
+                self._mask(op, node, slot, tensor, combined(needed))
 
     def _mask(self, op: Op, node: ir.Node, slot: int, tensor: Tensor, mask: Mask) -> None:
         value = node.inputs[slot]

@@ -8,6 +8,7 @@ that consumes the sizes gets them scaled.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,9 @@ from graphprune.splice import Splicer, base_name
 
 Array = npt.NDArray[Any]
 
+#: Weights of at least this many elements are compacted when they are read.
+LAZY_FROM = 1 << 16
+
 
 @dataclass
 class Edits:
@@ -43,6 +47,23 @@ class Edits:
 
     def __bool__(self) -> bool:
         return any((self.attributes, self.dropped, self.constants, self.scaled, self.gathered, self.restored))
+
+
+def compacted_later(
+    source: ir.TensorProtocol, parts: Sequence[Mask], shape: tuple[int, ...]
+) -> ir.LazyTensor:
+    """What is left of a stored weight, worked out each time that it is read: it is never held beside its source."""
+
+    def read() -> ir.Tensor[Any]:
+        array = source.numpy()
+        left = compact(array, *parts)
+        del array
+        if isinstance(source, ir.ExternalTensor):
+            with contextlib.suppress(BufferError):  # somebody looks at the contents
+                source.release()  # the pages of a mapped file count as memory while they are mapped
+        return ir.Tensor(left, dtype=source.dtype, name=source.name)
+
+    return ir.LazyTensor(read, source.dtype, ir.Shape(shape), name=source.name, doc_string=source.doc_string)
 
 
 class OpChange:
@@ -240,10 +261,21 @@ class Rewriter:
         for tensor in tensors:
             key = tuple((part.shape, part.tobytes()) for part in self._masks.parts(tensor))
             versions.setdefault(key, []).append(tensor)
-        array = evaluate_constant(tensors[0])
+        stored = value.const_value if value.is_initializer() else None
+        lazy = (
+            stored if stored is not None and stored.size >= LAZY_FROM and stored.dtype.bitwidth >= 8 else None
+        )
+        array = evaluate_constant(tensors[0]) if lazy is None or len(versions) > 1 else None
         # The version that keeps the name is the first one; the others are clones.
         for number, (key, users) in enumerate(versions.items()):
-            data = compact(array, *self._masks.parts(users[0])) if key else array
+            parts = self._masks.parts(users[0])
+            if number == 0 and lazy is not None:
+                if key:
+                    value.const_value = compacted_later(lazy, parts, self._masks.shape(users[0]))
+                    value.shape = ir.Shape(self._masks.shape(users[0]))
+                continue
+            assert array is not None
+            data = compact(array, *parts) if key else array
             if number == 0:
                 if key:
                     self._replace_contents(value, data)
@@ -268,7 +300,8 @@ class Rewriter:
         node = value.producer()
         if node is not None and node.op_type == "Constant" and not node.domain and "value" in node.attributes:
             node.attributes["value"] = ir.AttrTensor("value", tensor)
-            value.shape = ir.Shape(data.shape)
+            if value.shape is not None:
+                value.shape = ir.Shape(data.shape)
             return
         if node is None:
             raise PlanError(f"{value.name!r} holds no contents that could be rewritten")
@@ -371,7 +404,7 @@ class Rewriter:
         """Stored shapes follow; dimensions that did not change keep their names."""
         for tensor in self._masks.changed():
             value = tensor.value
-            if value is None or value.shape is None or tensor.shape is None:
+            if value is None or value.shape is None or value.type is None or tensor.shape is None:
                 continue
             new = self._masks.shape(tensor)
             dims: list[Any] = list(value.shape.dims)

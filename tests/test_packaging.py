@@ -60,7 +60,7 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     folder = f"graphprune-{graphprune.__version__}.dist-info"
     metadata = wheel.read(f"{folder}/METADATA").decode()
     assert f"\nVersion: {graphprune.__version__}\n" in metadata
-    assert "\nRequires-Python: >=3.10\n" in metadata
+    assert "\nRequires-Python: >=3.11\n" in metadata
     assert "\nLicense-Expression: Apache-2.0\n" in metadata
     assert b"graphprune = graphprune.cli:main" in wheel.read(f"{folder}/entry_points.txt")
     assert b"Apache License" in wheel.read(f"{folder}/licenses/LICENSE")

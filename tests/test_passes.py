@@ -22,9 +22,11 @@ def test_pass_prunes_in_place_like_prune() -> None:
     model = digits()
     prune = PruneChannelsPass(0.3)
     result = ir.passes.Sequential(prune, RemoveUnusedNodesPass())(model)
-    assert result.model is model and result.modified
+    assert result.model is model
+    assert result.modified
     expected, report = graphprune.prune(digits(), channels=0.3)
-    assert prune.report is not None and prune.report.plan.to_dict() == report.plan.to_dict()
+    assert prune.report is not None
+    assert prune.report.plan.to_dict() == report.plan.to_dict()
     assert {name: v.shape for name, v in model.graph.initializers.items()} == {
         name: v.shape for name, v in expected.graph.initializers.items()
     }

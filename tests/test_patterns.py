@@ -50,7 +50,7 @@ def built(pattern: Pattern) -> Built:
 
 def prune(pattern: Pattern, **keywords: Any) -> tuple[onnx.ModelProto, Any]:
     """The pattern's model pruned, verification on; ratios are exact (round_to=1)."""
-    options = {
+    options: dict[str, Any] = {
         "channels": 0.5,
         "round_to": 1,
         "residual": pattern.residual,

@@ -146,6 +146,19 @@ def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The same contents under an object whose name can change without the original's."""
     import onnx_ir as ir
 
+    if isinstance(tensor, ir.ExternalTensor):
+        # a mapping of its own: it can be released while the other is read
+        return ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=tensor.name or "",
+            doc_string=tensor.doc_string,
+            metadata_props=dict(tensor.metadata_props),
+            base_dir=tensor.base_dir,
+        )
     if not isinstance(tensor, ir.serde.TensorProtoTensor):
         return copies.copy(tensor)
     # its name is the proto's: wrap it, contents still read from the original

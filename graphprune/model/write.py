@@ -64,17 +64,17 @@ class StagedFile:
         backup = self.path.parent / "replaced.data"
         try:
             if not self.external_data:
-                os.replace(self.path, self.target)
+                self.path.replace(self.target)
             else:
                 had_data = data.exists()
                 if had_data:
                     _keep(data, backup)
                 try:
-                    os.replace(staged_data, data)
-                    os.replace(self.path, self.target)
+                    staged_data.replace(data)
+                    self.path.replace(self.target)
                 except BaseException:
                     if had_data:
-                        os.replace(backup, data)
+                        backup.replace(data)
                     else:
                         data.unlink(missing_ok=True)
                     raise
