@@ -7,7 +7,8 @@ batch is two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ MOST = 4096
 class Grower:
     """A graph under construction; methods named after blocks take and return value names."""
 
-    draw: Callable[[st.SearchStrategy[Any]], Any]
+    choose: Callable[[Sequence[Any]], Any]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -38,8 +39,8 @@ class Grower:
     # -- pieces -------------------------------------------------------------------------------------------------
 
     def pick(self, options: Any) -> Any:
-        """One of some options, drawn."""
-        return self.draw(st.sampled_from(list(options)))
+        """One of some options."""
+        return self.choose(list(options))
 
     def weight(self, *shape: int, low: float | None = None) -> str:
         """A random weight; positive from ``low`` on where that is given."""
@@ -94,7 +95,7 @@ class Grower:
         width = width or self.pick(WIDTHS)
         kernel = kernel or self.pick((1, 3))
         names = [self.weight(width, c // groups, kernel, kernel)]
-        names += [self.weight(width)] if self.draw(st.booleans()) else []
+        names += [self.weight(width)] if self.pick((True, False)) else []
         if groups == 1:
             self.convolutions.append((names[0], names[-1] if len(names) > 1 else "", c, kernel))
         pads = [kernel // 2] * 4
@@ -205,7 +206,7 @@ class Grower:
 
     def flatten(self, x: str) -> str:
         shape = self.shapes[x]
-        if len(shape) == 4 and self.draw(st.booleans()):
+        if len(shape) == 4 and self.pick((True, False)):
             x = self.transpose(x, 0, 2, 3, 1)
         return self.op("Flatten", x, shape=(shape[0], int(np.prod(shape[1:]))))
 
@@ -268,7 +269,7 @@ class Grower:
         one, two = self.many(
             "Split", [x, self.literal(*parts)], [self.resized(x, part) for part in parts], axis=axis
         )
-        if parts[0] == parts[1] and self.draw(st.booleans()):
+        if parts[0] == parts[1] and self.pick((True, False)):
             return self.same("Mul", one, self.same("Sigmoid", two))
         return str(self.pick((one, two)))
 
@@ -285,8 +286,9 @@ class Grower:
     def gather(self, x: str) -> str:
         axis = self.axis(x)
         size = self.shapes[x][axis]
-        index = self.draw(st.permutations(range(size)))[: self.pick(range(1, size + 1))]
-        if self.draw(st.booleans()):
+        left = list(range(size))
+        index = [left.pop(self.pick(range(len(left)))) for _ in range(self.pick(range(1, size + 1)))]
+        if self.pick((True, False)):
             index = [*index, index[0]]
         return self.op("Gather", x, self.literal(*index), shape=self.resized(x, len(index)), axis=axis)
 
@@ -312,12 +314,12 @@ class Grower:
     def linear(self, x: str, width: int | None = None) -> str:
         *lead, d = self.shapes[x]
         width = width or self.pick(WIDTHS)
-        if len(lead) == 1 and self.draw(st.booleans()):
-            turned = self.draw(st.booleans())
+        if len(lead) == 1 and self.pick((True, False)):
+            turned = self.pick((True, False))
             weight = self.weight(*((width, d) if turned else (d, width)))
             return self.op("Gemm", x, weight, self.weight(width), shape=(*lead, width), transB=int(turned))
         product = self.op("MatMul", x, self.weight(d, width), shape=(*lead, width))
-        return self.same("Add", product, self.weight(width)) if self.draw(st.booleans()) else product
+        return self.same("Add", product, self.weight(width)) if self.pick((True, False)) else product
 
     def layer_norm(self, x: str) -> str:
         d = self.shapes[x][-1]
@@ -365,7 +367,7 @@ class Grower:
         kind, h, directions = self.pick(("LSTM", "GRU", "RNN")), self.pick((2, 3, 4)), self.pick((1, 2))
         q = {"LSTM": 4, "GRU": 3, "RNN": 1}[kind]
         names = [self.weight(directions, q * h, d), self.weight(directions, q * h, h)]
-        names += [self.weight(directions, 2 * q * h)] if self.draw(st.booleans()) else []
+        names += [self.weight(directions, 2 * q * h)] if self.pick((True, False)) else []
         direction = "bidirectional" if directions == 2 else "forward"
         y = self.op(
             kind,
@@ -391,9 +393,9 @@ class Grower:
 
     # -- growing --------------------------------------------------------------------------------------------------
 
-    def grow(self, most: int) -> None:
-        """Add between two and ``most`` blocks, each on one of the latest values."""
-        for _ in range(self.draw(st.integers(2, most))):
+    def grow(self, least: int, most: int) -> None:
+        """Add between ``least`` and ``most`` blocks, each on one of the latest values."""
+        for _ in range(self.pick(range(least, most + 1))):
             small = [n for n, shape in self.shapes.items() if np.prod(shape) <= MOST and len(shape) in BLOCKS]
             x = self.pick(small[-6:][::-1])
             block = self.pick(BLOCKS[len(self.shapes[x])])
@@ -402,9 +404,9 @@ class Grower:
     def finish(self) -> onnx.ModelProto:
         """Values that nothing reads become outputs, through a last layer or as they are."""
         leaves = [name for name in self.shapes if name not in self.used and name not in self.inputs]
-        outputs = [self.layer(leaf) if self.draw(st.integers(0, 3)) else leaf for leaf in leaves[-3:]]
+        outputs = [self.layer(leaf) if self.pick(range(4)) else leaf for leaf in leaves[-3:]]
         inner = [name for name in self.shapes if name in self.used and name not in self.inputs]
-        if inner and not self.draw(st.integers(0, 7)):
+        if inner and self.pick(range(8)) == 7:
             outputs.append(self.pick(inner))
         return self.model(outputs)
 
@@ -463,15 +465,28 @@ BLOCKS: dict[int, tuple[str, ...]] = {
 INPUTS = {"image": (BATCH, 3, 4, 4), "sequence": (BATCH, 5, 4), "vector": (BATCH, 6)}
 
 
-@st.composite
-def graphs(draw: Any, most: int = 9) -> onnx.ModelProto:
-    """A random model with one or two inputs."""
-    grower = Grower(draw)
-    for name in draw(
-        st.sampled_from([["image"], ["image"], ["sequence"], ["vector"], ["image", "sequence"]])
-    ):
+def grown(choose: Callable[[Sequence[Any]], Any], least: int, most: int) -> onnx.ModelProto:
+    """A model with one or two inputs, grown by choices."""
+    grower = Grower(choose)
+    for name in grower.pick([["image"], ["image"], ["sequence"], ["vector"], ["image", "sequence"]]):
         grower.inputs.append(name)
         grower.shapes[name] = INPUTS[name]
         grower.layer(name)
-    grower.grow(most)
+    grower.grow(least, most)
     return grower.finish()
+
+
+@st.composite
+def small_graphs(draw: st.DrawFn) -> onnx.ModelProto:
+    """Every choice is drawn, so that what fails gets smaller."""
+    return grown(lambda options: draw(st.sampled_from(options)), 1, 8)
+
+
+def large_graph(seed: int) -> onnx.ModelProto:
+    """All choices are equally likely."""
+    return grown(random.Random(seed).choice, 6, 16)
+
+
+def graphs() -> st.SearchStrategy[onnx.ModelProto]:
+    """Random models, small and large."""
+    return st.one_of(small_graphs(), st.builds(large_graph, st.integers(0, 1 << 30)))
