@@ -69,7 +69,8 @@ def space_to_depth(op: Op) -> str:
 
 
 def col2im(op: Op) -> str:
-    return "n (c k!) l! -> n c S!*"
+    """Columns of patches: channel c has all its k kernel positions side by side."""
+    return "n (c k!) l!, ?, ? -> n c S!*"
 
 
 def block_size(op: Op) -> dict[str, int]:
@@ -84,6 +85,7 @@ register("Resize Upsample", resize, rewrite=rewrite_resize)
 # blocksize is both r and s; the height and width on the other side give the second.
 register("DepthToSpace", depth_to_space, attributes={"blocksize": "r"})
 register("SpaceToDepth", space_to_depth, attributes={"blocksize": "r"})
+register("Col2Im", col2im)
 register("GridSample", "n c S!*, n T!* _ -> n c T!*")
 register("RoiAlign", "b! c h! w!, ?, ? -> m! c p! q!")
 register("MaxRoiPool", "b! c h! w!, ? -> m! c p! q!")
