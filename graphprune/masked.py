@@ -31,6 +31,9 @@ from graphprune.splice import Splicer, base_name
 #: Name of the added input: true switches all masks off.
 SWITCH = "graphprune_unmasked"
 
+#: The opset that brought Where; before, masks are factors.
+WHERE_SINCE = 9
+
 #: Where quantised ops keep the zero point of a weight: a masked weight is the zero point, not zero.
 _ZERO_POINTS = {
     ("", "QLinearConv", 3): 5,
@@ -74,6 +77,7 @@ class _Masker:
     def __init__(self, model: ir.Model, masks: Masks) -> None:
         self._masks = masks
         self._splice = Splicer(model)
+        self._opset = model.opset_imports.get("", WHERE_SINCE)
         self._switch = ir.Value(name=SWITCH, type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
         model.graph.inputs.append(self._switch)
 
@@ -153,12 +157,21 @@ class _Masker:
                 zero = self._splice.insert(node, "Reshape", [zero, target], like=zero)
         keep = self._splice.constant(node, base, mask)
         either = self._splice.insert(node, "Or", [keep, self._switch], like=self._switch)
+        if self._opset < WHERE_SINCE:
+            factor = self._splice.insert(node, "Cast", [either], {"to": int(tensor.dtype or 1)}, like=value)
+            node.replace_input_with(slot, self._splice.insert(node, "Mul", [value, factor], like=value))
+            return
         node.replace_input_with(slot, self._splice.insert(node, "Where", [either, value, zero], like=value))
 
     # -- statistics ---------------------------------------------------------------------------------------------
 
     def compact(self, op: Op, node: ir.Node, edit: Edits | None) -> None:
         """Run the op on what is kept beside the op itself, and let the switch choose."""
+        if self._opset < WHERE_SINCE:
+            raise VerificationError(
+                f"{op.kind} {op.name!r} normalises over a cut axis, which cannot be masked in opset {self._opset};"
+                f" convert the model to opset {WHERE_SINCE} or newer"
+            )
         inputs: list[ir.Value | None] = []
         for slot, value in enumerate(node.inputs):
             tensor = op.inputs[slot] if slot < len(op.inputs) else None

@@ -207,7 +207,10 @@ def _session(path: Path, what: str) -> Iterator[onnxruntime.InferenceSession]:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise VerificationError(f"ONNX Runtime cannot load {what}: {_first_line(error)}") from error
+        raise VerificationError(
+            f"ONNX Runtime cannot load {what}: {_first_line(error)}; if it does not know an op or type of the original"
+            " either, nothing can be verified here: use --no-verify"
+        ) from error
     yield session
 
 
