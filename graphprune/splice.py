@@ -12,6 +12,10 @@ import onnx_ir as ir
 from graphprune.errors import PlanError
 
 
+#: The IR version from which on initializers need not be inputs of the graph.
+SEPARATE_SINCE = 4
+
+
 def base_name(node: ir.Node) -> str:
     """What names spliced in around a node begin with."""
     return node.name or (node.outputs[0].name if node.outputs else None) or node.op_type
@@ -21,6 +25,7 @@ class Splicer:
     """Adds nodes and initializers to the graphs of one model."""
 
     def __init__(self, model: ir.Model) -> None:
+        self._ir_version = model.ir_version
         self._names = {
             name
             for graph in model.graphs()
@@ -53,9 +58,16 @@ class Splicer:
         return node.graph
 
     def constant(self, node: ir.Node, base: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A new initializer of the graph that ``node`` lies in."""
+        """A new initializer of the graph that ``node`` lies in; a Constant node where initializers must be inputs."""
         name = self.fresh(base)
         tensor = ir.tensor(array, name=name)
+        if self._ir_version < SEPARATE_SINCE:
+            made = ir.node("Constant", [], {"value": tensor}, name=self.fresh(f"{name}_constant"))
+            made.outputs[0].name = name
+            made.outputs[0].type = ir.TensorType(tensor.dtype)
+            made.outputs[0].shape = ir.Shape(array.shape)
+            self.graph_of(node).insert_before(node, made)
+            return made.outputs[0]
         value = ir.Value(
             name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
         )
