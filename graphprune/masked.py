@@ -112,7 +112,8 @@ class _Masker:
         """Zero what the op sums over and the plan removes.
 
         A product with zero is zero, whichever operand is: a weight is masked only for the factors for which no
-        activation can be, so that weights need not be copied.
+        activation can be, so that weights need not be copied. A vector may be a bias that the op adds to an activation
+        before it sums (com.microsoft's MultiHeadAttention), and costs nothing to mask.
         """
         cuts: dict[int, dict[str, Mask]] = {}
         for slot, tensor in enumerate(op.inputs):
@@ -131,7 +132,8 @@ class _Masker:
             tensor = op.inputs[slot]
             if tensor is None:
                 continue
-            needed = [m for name, m in masks.items() if not (tensor.constant and name in by_activations)]
+            matrix = tensor.constant and len(tensor.shape or ()) > 1
+            needed = [m for name, m in masks.items() if not (matrix and name in by_activations)]
             if needed:
                 self._mask(op, node, slot, tensor, combined(needed))
 
