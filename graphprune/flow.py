@@ -243,6 +243,8 @@ class TakeFlow:
         size: ``source.shape[axis]``.
         places: Shape that the index has in the target, where it replaces the axis (a Gather by a scalar or a
             matrix); None where it is flat.
+        literal: The index is stored as it is (a Gather), so that it must read the same in every row; a range (a Slice)
+            need only have as many positions before it in every row.
     """
 
     source: Operand
@@ -251,18 +253,25 @@ class TakeFlow:
     index: npt.NDArray[np.int64]
     size: int
     places: tuple[int, ...] | None = None
+    literal: bool = False
 
     def operands(self) -> tuple[Operand, ...]:
         return (self.source, self.target)
 
     def reversible(self, labels: Labels) -> bool:
-        return self.monotone
+        return self.monotone and self.rowwise
 
     @cached_property
     def monotone(self) -> bool:
         """True if the order of positions is kept and none is repeated."""
         used = self.index[self.index >= 0]
         return bool((np.diff(used) > 0).all())
+
+    @cached_property
+    def rowwise(self) -> bool:
+        """True if each row may keep its own positions: the index is a range, and is written as one."""
+        used = self.index[self.index >= 0]
+        return not self.literal and bool((np.diff(used) == 1).all())
 
     def push(
         self, atoms: Atoms, source: Operand, labels: Labels, where: str
@@ -273,9 +282,9 @@ class TakeFlow:
             yield self.target, self._spread(self._forward(self._uniform(atoms, labels)))
 
     def _uniform(self, atoms: Atoms, labels: Labels) -> Labels:
-        """One index serves all rows: where it does not keep the order, the labels it moves must not depend on rows."""
+        """Where one index serves all rows, the labels that it moves must not depend on rows."""
         varying = varying_axes(labels)
-        if varying and self.axis == varying[-1] and not self.monotone:
+        if varying and self.axis == varying[-1] and not self.rowwise:
             for context in varying[:-1]:
                 labels = unite_along(atoms, labels, context)
         return labels
@@ -337,7 +346,7 @@ class ChainFlow:
     steps: tuple[TakeFlow, ...]
 
     def reversible(self, labels: Labels) -> bool:
-        return all(step.monotone for step in self.steps)
+        return all(step.monotone and step.rowwise for step in self.steps)
 
     def operands(self) -> tuple[Operand, ...]:
         return self.steps[0].operands()

@@ -9,7 +9,7 @@ that consumes the sizes gets them scaled.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +42,7 @@ class Edits:
     dropped: set[str] = field(default_factory=set)
     constants: dict[int, Array] = field(default_factory=dict)
     scaled: dict[int, tuple[Sequence[int], Sequence[int]]] = field(default_factory=dict)
-    gathered: dict[int, tuple[int, npt.NDArray[np.int64]]] = field(default_factory=dict)
+    gathered: dict[int, list[tuple[int, npt.NDArray[np.int64]]]] = field(default_factory=dict)
     restored: dict[int, tuple[Sequence[int], Sequence[int], Array | None]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
@@ -147,7 +147,7 @@ class OpChange:
             self.edits.scaled[slot] = (list(new), list(old))
 
     def gather_input(self, slot: int, axis: int, index: npt.NDArray[np.int64]) -> None:
-        self.edits.gathered[slot] = (axis, index)
+        self.edits.gathered.setdefault(slot, []).append((axis, index))
 
     def restore_output(self, slot: int, new: Sequence[int], old: Sequence[int]) -> None:
         if list(new) == list(old):
@@ -241,20 +241,55 @@ class Rewriter:
     # -- constants ----------------------------------------------------------------------------------------------
 
     def _compact_constants(self) -> None:
-        """Compact each weight; uses of one weight that keep different things get weights of their own."""
+        """Compact each weight; uses of one weight that keep different things get weights of their own.
+
+        What is computed from constants is worked out first, while all weights are as they were; it is stored where it
+        is cut itself, and where it is computed from a weight that is cut for the sake of another reader.
+        """
         by_value: dict[ir.Value, list[Tensor]] = {}
         for tensor in self._analysis.graph.tensors:
-            if (
-                tensor.constant
-                and tensor.value is not None
-                and (tensor.uses or tensor in self._analysis.colourings)
-            ):
-                if tensor.producer is None or self._analysis.is_leaf(tensor.producer):
-                    by_value.setdefault(tensor.value, []).append(tensor)
-        for value, tensors in by_value.items():
-            if not any(self._masks.parts(tensor) for tensor in tensors):
-                continue
+            if tensor.constant and tensor.value is not None and tensor.producer is None:
+                by_value.setdefault(tensor.value, []).append(tensor)
+        cut = {
+            value: tensors
+            for value, tensors in by_value.items()
+            if any(self._masks.parts(tensor) for tensor in tensors)
+        }
+        computed = {
+            tensor: evaluate_constant(tensor)
+            for tensor in self._computed_constants()
+            if self._masks.parts(tensor) or self._stems_from(tensor, cut)
+        }
+        for value, tensors in cut.items():
             self._compact(value, tensors)
+        for tensor, array in computed.items():
+            if tensor.value is not None:
+                parts = self._masks.parts(tensor)
+                self._replace_contents(tensor.value, compact(array, *parts) if parts else array)
+
+    def _computed_constants(self) -> Iterator[Tensor]:
+        """Results of ops on constants that something else reads."""
+        for op in self._analysis.graph.ops:
+            if self._analysis.is_leaf(op):
+                for tensor in op.outputs:
+                    if tensor is not None and any(
+                        not self._analysis.is_leaf(user) for user, _ in tensor.uses
+                    ):
+                        yield tensor
+
+    @staticmethod
+    def _stems_from(tensor: Tensor, values: Container[ir.Value]) -> bool:
+        todo, seen = [tensor], {tensor}
+        while todo:
+            current = todo.pop()
+            if current.producer is None:
+                if current.value is not None and current.value in values:
+                    return True
+                continue
+            fresh = [t for t in current.producer.inputs if t is not None and t not in seen]
+            seen.update(fresh)
+            todo += fresh
+        return False
 
     def _compact(self, value: ir.Value, tensors: list[Tensor]) -> None:
         versions: dict[tuple[tuple[tuple[int, ...], bytes], ...], list[Tensor]] = {}
@@ -290,7 +325,13 @@ class Rewriter:
                     self._replace_use(op.node, slot, value, clone)
 
     def _replace_contents(self, value: ir.Value, data: Array) -> None:
-        tensor = ir.tensor(data, name=value.name)
+        if data.dtype.kind in "OSU":
+            encoded = [
+                text.encode() if isinstance(text, str) else bytes(text) for text in data.ravel().tolist()
+            ]
+            tensor: ir.TensorProtocol = ir.StringTensor(encoded, shape=ir.Shape(data.shape), name=value.name)
+        else:
+            tensor = ir.tensor(data, name=value.name)
         if value.is_initializer():
             if value.const_value is not None and value.const_value.dtype != tensor.dtype:
                 tensor = ir.Tensor(data, dtype=value.const_value.dtype, name=value.name)
@@ -332,11 +373,12 @@ class Rewriter:
             self._set_input(node, slot, self._splice.constant(node, f"{base_name(node)}_{slot}", array))
         for slot, (new, old) in edit.scaled.items():
             self._set_input(node, slot, self._scaled(node, node.inputs[slot], new, old))
-        for slot, (axis, index) in edit.gathered.items():
-            source = node.inputs[slot]
-            taken = self._splice.constant(node, f"{base_name(node)}_index", index)
-            gathered = self._splice.insert(node, "Gather", [source, taken], {"axis": axis}, like=source)
-            self._set_input(node, slot, gathered)
+        for slot, takes in edit.gathered.items():
+            for axis, index in takes:
+                source = node.inputs[slot]
+                taken = self._splice.constant(node, f"{base_name(node)}_index", index)
+                gathered = self._splice.insert(node, "Gather", [source, taken], {"axis": axis}, like=source)
+                self._set_input(node, slot, gathered)
         for slot, (new, old, contents) in edit.restored.items():
             self._restore(node, node.outputs[slot], new, old, contents)
 

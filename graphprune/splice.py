@@ -11,7 +11,6 @@ import onnx_ir as ir
 
 from graphprune.errors import PlanError
 
-
 #: The IR version from which on initializers need not be inputs of the graph.
 SEPARATE_SINCE = 4
 

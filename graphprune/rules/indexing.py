@@ -118,7 +118,7 @@ def gather(op: Op) -> Description:
     index = known_data(op, 1)
     if index is not None and not (index < -shape[axis]).any():
         flat = np.where(index < 0, index + shape[axis], index).ravel().astype(np.int64)
-        return TakeFlow(_INPUT, _OUTPUT, axis, flat, shape[axis], tuple(index_shape))
+        return TakeFlow(_INPUT, _OUTPUT, axis, flat, shape[axis], tuple(index_shape), literal=True)
     lead = [f"x{i}" for i in range(axis)]
     rest = [f"x{i}" for i in range(axis + 1, len(shape))]
     places = [f"i{i}" for i in range(len(index_shape))]
@@ -176,7 +176,7 @@ def gather_elements(op: Op) -> Description:
     axis = normal_axis(int(op.attributes.get("axis", 0)), len(data))
     line = _same_everywhere(op)
     if line is not None:
-        return take(_INPUT, _OUTPUT, axis, _flat_positions(line, data[axis]), data[axis])
+        return take(_INPUT, _OUTPUT, axis, _flat_positions(line, data[axis]), data[axis], literal=True)
     source = ["v!" if i == axis else (f"x{i}" if data[i] == index[i] else f"w{i}!") for i in range(len(data))]
     target = ["i!" if i == axis else (f"x{i}" if data[i] == index[i] else f"y{i}!") for i in range(len(data))]
     return f"{' '.join(source)}, {' '.join(target)} -> {' '.join(target)}"
@@ -215,7 +215,9 @@ def gather_nd(op: Op) -> Description:
     data, index = shape_of(op, 0), shape_of(op, 1)
     literal = _one_axis_index(op)
     if literal is not None:
-        return TakeFlow(_INPUT, _OUTPUT, 0, _flat_positions(literal, data[0]), data[0], index[:-1])
+        return TakeFlow(
+            _INPUT, _OUTPUT, 0, _flat_positions(literal, data[0]), data[0], index[:-1], literal=True
+        )
     batch, depth = int(op.attributes.get("batch_dims", 0)), index[-1]
     lead = [f"b{i}" for i in range(batch)]
     looked = [f"v{i}!" for i in range(depth)]
@@ -246,7 +248,7 @@ def scatter_nd(op: Op) -> Description:
     if literal is not None and literal.ndim == 2:
         return [
             ReshapeFlow(_INPUT, _OUTPUT, data, data),
-            take(_OUTPUT, update, 0, _flat_positions(literal, data[0]), data[0]),
+            take(_OUTPUT, update, 0, _flat_positions(literal, data[0]), data[0], literal=True),
         ]
     depth = index[-1]
     looked = [f"v{i}!" for i in range(depth)]

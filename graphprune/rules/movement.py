@@ -131,8 +131,17 @@ def rewrite_tile(change: Change) -> None:
         change.set_input(1, np.asarray(new, dtype=np.int64))
 
 
-def take(source: Operand, target: Operand, axis: int, index: Sequence[int] | Index, size: int) -> TakeFlow:
-    return TakeFlow(source, target, axis, np.asarray(index, dtype=np.int64), size)
+def take(
+    source: Operand,
+    target: Operand,
+    axis: int,
+    index: Sequence[int] | Index,
+    size: int,
+    *,
+    literal: bool = False,
+) -> TakeFlow:
+    """Indexing along one axis (see :class:`graphprune.flow.TakeFlow`)."""
+    return TakeFlow(source, target, axis, np.asarray(index, dtype=np.int64), size, literal=literal)
 
 
 def concat(op: Op) -> Description:

@@ -25,11 +25,15 @@ def ranks(change: Change, operand: Operand, axis: int) -> tuple[Index, npt.NDArr
     if mask.shape[axis] == 1:
         size = change.old(operand)[axis]
         return np.arange(size)[None], np.ones((1, size), dtype=bool)
-    rows = np.moveaxis(mask, axis, -1).reshape(-1, mask.shape[axis])
-    rows = rows[rows.any(axis=1)]
+    others = tuple(a for a in range(mask.ndim) if a != axis)
+    there = np.asarray(mask.any(axis=others))
+    if there.sum() == change.new(operand)[axis]:  # no row lacks a position that another keeps
+        rows = there[None]
+    else:
+        rows = np.moveaxis(mask, axis, -1).reshape(-1, mask.shape[axis])
+        rows = rows[rows.any(axis=1)]
     before: Index = np.cumsum(rows, axis=1, dtype=np.int64) - rows.astype(np.int64)
-    same = bool((before == before[:1]).all())
-    return (before[:1], rows[:1]) if same else (before, rows)
+    return before, rows
 
 
 def prefix(change: Change, operand: Operand, axis: int, stop: int) -> int:
