@@ -69,6 +69,8 @@ class Analysis:
         self._run()
         self._seed_prefixes()
         self._run()
+        self._label_unread_rows()
+        self._run()
         self._sweep()
 
     @staticmethod
@@ -290,6 +292,23 @@ class Analysis:
                     shape = [s if a in parts[:stop] else 1 for a, s in enumerate(split_shape)]
                     if prod(shape) <= MAX_ELEMENTS:
                         self._add(tensor, self.atoms.new(prod(shape)).reshape(shape))
+
+    def _label_unread_rows(self) -> None:
+        """Rows of a table that nothing reads are cut as the rows that are read.
+
+        A table of positions longer than the sequence: its columns go as a whole, or what is left would be no box.
+        """
+        for tensor, colouring in list(self.colourings.items()):
+            if not tensor.constant or tensor.producer is not None:
+                continue
+            for labels in list(colouring.labellings):
+                whole = labels = self.atoms.find(labels)
+                varying = varying_axes(labels)
+                for axis in range(labels.ndim):
+                    if axis not in varying:
+                        whole = whole.max(axis=axis, keepdims=True)
+                if whole.shape != labels.shape:
+                    self._add(tensor, whole)
 
     def _sweep(self) -> None:
         """Push everything once more until no union is made: a late union can move a labelling's own axis."""

@@ -65,6 +65,19 @@ MENDED = {
         w1=(8, 12),
         w2=(12, 4),
     ),
+    "a table of positions longer than the sequence": model(
+        """agraph (float[2, 3, 6] x) => (float[2, 3, 4] y) {
+            first = Constant <value = int64[3] {0, 1, 2}> ()
+            position = Gather <axis = 0> (table, first)
+            h = MatMul(x, w1)
+            s = Add(h, position)
+            r = Relu(s)
+            y = MatMul(r, w2)
+        }""",
+        table=(9, 12),
+        w1=(6, 12),
+        w2=(12, 4),
+    ),
     "steps along two axes of one Slice": model(
         """agraph (float[2, 4, 4] x) => (float[2, 2, 3] y) {
             starts = Constant <value = int64[2] {11, 1}> ()
