@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from graphprune.analysis import Analysis as Analysis
     from graphprune.coupling import coupling_graph as coupling_graph
     from graphprune.groups import Group as Group
-    from graphprune.pipeline import Network as Network
+    from graphprune.network import Network as Network
     from graphprune.pipeline import analyze as analyze
     from graphprune.pipeline import prune as prune
     from graphprune.plan import Plan as Plan
@@ -58,7 +58,7 @@ __all__ = [
 _HOMES = {
     "Analysis": "graphprune.analysis",
     "Group": "graphprune.groups",
-    "Network": "graphprune.pipeline",
+    "Network": "graphprune.network",
     "Plan": "graphprune.plan",
     "Report": "graphprune.report",
     "analyze": "graphprune.pipeline",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from graphprune.choose import Request
     from graphprune.display import Steps
-    from graphprune.pipeline import Pruned
+    from graphprune.network import Pruned
 
 #: Exit codes. An interrupted command ends with 128 + the signal's number, as shells have it.
 OK, FAILED, BAD_INPUT, BUG = 0, 1, 2, 70

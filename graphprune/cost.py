@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import TypeAlias
 
-import numpy as np
 import onnx_ir as ir
 
 from graphprune.analysis import Analysis
 from graphprune.flow import SignatureFlow
 from graphprune.graph import Op
 from graphprune.nodes import stored_tensor
-from graphprune.plan import Masks
-from graphprune.rewrite import OpChange
 from graphprune.rules.registry import Refusal, find_rule
 from graphprune.signature import Signature
+
+#: The size of each factor of one op.
+SizeOf: TypeAlias = Callable[[str], int]
 
 #: Element types that count as parameters: sizes, indices and flags do not.
 _NOT_PARAMETERS = {ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.STRING}
@@ -45,39 +47,27 @@ def _expand(term: str, signature: Signature) -> list[str]:
     return names
 
 
-def macs_of(op: Op, analysis: Analysis, masks: Masks | None) -> int:
-    """Multiply-accumulates of one op, as its rule counts them; after the cut where masks are given.
+def macs_of(op: Op, analysis: Analysis, size_of: SizeOf | None = None) -> int:
+    """Multiply-accumulates of one op, as its rule counts them.
 
-    A contraction costs the product of its factors' sizes.
+    A contraction costs the product of its factors' sizes; these are the original ones, or what ``size_of`` says.
     """
     rule = find_rule(op)
     flows = analysis.flows[op.index]
     if rule is None or not rule.macs or isinstance(flows, Refusal):
         return 0
     total = 0
-    change = OpChange(op, analysis, masks) if masks is not None else None
     for flow in flows:
         if not isinstance(flow, SignatureFlow):
             continue
+        sizes = flow.signature.sizes
         for term in rule.macs.split("+"):
-            names = _expand(term.strip(), flow.signature)
-            if change is None:
-                sizes = [flow.signature.sizes.get(n, 1) for n in names]
-            else:
-                sizes = [change.factor_sizes(n)[1] for n in names if n in flow.signature.sizes]
-            total += prod(sizes)
+            names = [name for name in _expand(term.strip(), flow.signature) if name in sizes]
+            total += prod(sizes[name] if size_of is None else size_of(name) for name in names)
     return total
 
 
-def macs(analysis: Analysis, masks: Masks | None = None) -> int:
-    """Multiply-accumulates of the whole twin, ops under constants left out."""
-    return int(
-        np.sum(
-            [
-                macs_of(op, analysis, masks)
-                for op in analysis.graph.ops
-                if not all(t is None or t.constant for t in op.inputs)
-            ],
-            dtype=np.int64,
-        )
-    )
+def macs(analysis: Analysis, sizes_in: Callable[[Op], SizeOf] | None = None) -> int:
+    """Multiply-accumulates of the twin, ops under constants left out; at other sizes if ``sizes_in`` tells them."""
+    ops = [op for op in analysis.graph.ops if not all(t is None or t.constant for t in op.inputs)]
+    return sum(macs_of(op, analysis, None if sizes_in is None else sizes_in(op)) for op in ops)

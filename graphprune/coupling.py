@@ -23,7 +23,7 @@ from graphprune.ties import ties_of
 if TYPE_CHECKING:
     from graphprune.groups import Group
     from graphprune.members import Inventory
-    from graphprune.pipeline import Network
+    from graphprune.network import Network
 
 #: A tensor's name and one of its axes.
 Node: TypeAlias = "tuple[str, int]"

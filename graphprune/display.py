@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from graphprune.groups import Group
-    from graphprune.pipeline import Network
+    from graphprune.network import Network
     from graphprune.plan import Plan
 
 #: Where stderr is no terminal, steps are named after this many seconds.

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphprune.analysis import Analysis
+from graphprune.cost import macs_of
 from graphprune.flow import Flow, Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
 from graphprune.labels import Labels, varying_axes
@@ -256,14 +257,12 @@ class Inventory:
     @cached_property
     def macs(self) -> list[int]:
         """For each group the multiply-accumulates of the contractions along whose factors it lies."""
-        from graphprune.cost import macs_of
-
         total = [0] * self._count
         for op in self.analysis.graph.ops:
             rule = find_rule(op)
             if rule is None or not rule.macs or all(t is None or t.constant for t in op.inputs):
                 continue
-            cost = macs_of(op, self.analysis, None)
+            cost = macs_of(op, self.analysis)
             operands = [t for t in (*op.inputs, *op.outputs) if t is not None]
             for group in {g for t in operands for groups in self.on.get(t, {}).values() for g in groups}:
                 total[group] += cost

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,11 +15,12 @@ from graphprune.choose import Request, choose
 from graphprune.cost import macs, parameters
 from graphprune.errors import ModelError, NothingToPruneError
 from graphprune.graph import Op
-from graphprune.groups import Group, find_groups
+from graphprune.groups import find_groups
 from graphprune.model import as_ir, copy, file_size
-from graphprune.plan import Masks, Plan, make_plan
+from graphprune.network import Network, Pruned
+from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
-from graphprune.rewrite import Edits, Rewriter, collect, functions_to_inline
+from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
 from graphprune.scores import find_score
 from graphprune.twin import build_twin
 
@@ -29,26 +29,6 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model")
 Progress = Callable[[str], None]
-
-
-@dataclass
-class Network:
-    """An analysed model.
-
-    Attributes:
-        model: The model that the twin stands for.
-        analysis: Labels on all tensors.
-        groups: The coupling groups, in the order of the graph.
-    """
-
-    model: ir.Model
-    analysis: Analysis
-    groups: list[Group]
-
-    @property
-    def input_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The sizes at which the model was analysed."""
-        return {tensor.name: tensor.shape or () for tensor in self.analysis.graph.inputs}
 
 
 def analyze_ir(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Network:
@@ -79,29 +59,6 @@ def _timed(seconds: dict[str, float], step: str, progress: Progress | None) -> I
         yield
     finally:
         seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
-
-
-@dataclass
-class Pruned:
-    """A pruned model with all that verification needs.
-
-    Attributes:
-        original: What it was made from; functions that had to change are inlined.
-        model: The pruned model.
-        network: The analysis, on which masks are defined.
-        masks: What is left of every tensor.
-        report: Everything known so far.
-        node_of: The original's node for each op of the twin.
-        edits: What rewriting did to each node of ``model``.
-    """
-
-    original: ir.Model
-    model: ir.Model
-    network: Network
-    masks: Masks
-    report: Report
-    node_of: dict[Op, ir.Node]
-    edits: dict[ir.Node, Edits]
 
 
 def prune_ir(
@@ -146,7 +103,7 @@ def prune_ir(
         parameters_before=parameters(original),
         parameters_after=0,
         macs_before=macs(network.analysis),
-        macs_after=macs(network.analysis, masks),
+        macs_after=macs(network.analysis, lambda op: OpChange(op, network.analysis, masks).new_size),
         groups=network.groups,
         plan=made,
         bytes_before=file_size(original),
@@ -154,7 +111,7 @@ def prune_ir(
         seconds=seconds,
         notes=[f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
     )
-    reference, node_of = _reference(network, input_shapes)
+    reference, node_of = reference_of(network, input_shapes)
     with _timed(seconds, "rewriting", None):
         Rewriter(network.analysis, masks).run(edits)
     report.parameters_after = parameters(work)
@@ -163,7 +120,7 @@ def prune_ir(
     return Pruned(reference, work, network, masks, report, node_of, by_node)
 
 
-def _reference(
+def reference_of(
     network: Network, input_shapes: Mapping[str, Sequence[int]] | None
 ) -> tuple[ir.Model, dict[Op, ir.Node]]:
     """A copy of the analysed model, all functions inlined, and its node for each op of the twin."""

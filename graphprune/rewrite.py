@@ -116,6 +116,10 @@ class OpChange:
             raise PlanError(f"{self.op.kind} {self.op.name!r}: the sizes of {factor!r} would differ: {after}")
         return before, next(iter(after), before)
 
+    def new_size(self, factor: str) -> int:
+        """Size of a factor after."""
+        return self.factor_sizes(factor)[1]
+
     def _view_sizes(self, flow: SignatureFlow, view: View) -> tuple[int, ...]:
         sizes = tuple(flow.signature.sizes[name] for name in view.factors)
         parts = self._masks.parts(self._tensor(Operand(view.is_output, view.slot)))

@@ -21,7 +21,7 @@ from graphprune.model import copy, save
 if TYPE_CHECKING:
     import onnxruntime
 
-    from graphprune.pipeline import Pruned
+    from graphprune.network import Pruned
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]

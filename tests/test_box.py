@@ -161,4 +161,5 @@ def test_sums_of_other_types(dtype: type[np.generic]) -> None:
 
 
 def test_a_scalar_weight() -> None:
-    assert sums_by_label(np.float32(-3.0).reshape(()), np.asarray(1, dtype=np.int32), 2, 2).tolist() == [0, 9]
+    scalar = np.asarray(-3.0, dtype=np.float32)
+    assert sums_by_label(scalar, np.asarray(1, dtype=np.int32), 2, 2).tolist() == [0, 9]

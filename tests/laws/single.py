@@ -26,7 +26,8 @@ from graphprune.groups import Group, find_groups
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
 from graphprune.model import as_ir, copy, to_proto
-from graphprune.pipeline import Network, _reference
+from graphprune.network import Network
+from graphprune.pipeline import reference_of
 from graphprune.plan import Masks, make_plan
 from graphprune.rewrite import Edits, Rewriter, collect, functions_to_inline
 from graphprune.twin import build_twin
@@ -218,7 +219,7 @@ def compare(single: Single, opened: Opened, removed: npt.NDArray[np.int32]) -> O
         edits = collect(analysis, masks)
         if functions_to_inline(analysis, masks, edits):
             return Outcome("nothing", "its functions would have to be inlined first")
-        reference, node_of = _reference(Network(opened.model, analysis, opened.groups), None)
+        reference, node_of = reference_of(Network(opened.model, analysis, opened.groups), None)
         Rewriter(analysis, masks).run(edits)
     except Exception as error:
         return Outcome("wrong", f"rewriting: {type(error).__name__}: {first_line(error)}", changed)
