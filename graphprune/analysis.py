@@ -296,10 +296,11 @@ class Analysis:
     def _label_unread_rows(self) -> None:
         """Rows of a table that nothing reads are cut as the rows that are read.
 
-        A table of positions longer than the sequence: its columns go as a whole, or what is left would be no box.
+        A table of positions longer than the sequence, zeros for all layers of which one reads its slice: columns go
+        as a whole, or what is left would be no box.
         """
         for tensor, colouring in list(self.colourings.items()):
-            if not tensor.constant or tensor.producer is not None:
+            if not (_is_fill(tensor.producer) if tensor.producer is not None else tensor.constant):
                 continue
             for labels in list(colouring.labellings):
                 whole = labels = self.atoms.find(labels)
@@ -352,6 +353,14 @@ class Analysis:
     def labels(self) -> Labels:
         """All labels that occur, sorted."""
         return distinct(labels for tensor in self.colourings for labels in self.labellings(tensor))
+
+
+def _is_fill(op: Op) -> bool:
+    """True if all elements of the op's output are the same by construction."""
+    source = op.inputs[0] if op.inputs else None
+    if op.op_type == "Expand":
+        return source is not None and source.constant and prod(source.shape or ()) == 1
+    return op.op_type == "ConstantOfShape"
 
 
 def parts_of(flow: Flow, operand: Operand) -> Iterator[Partial]:

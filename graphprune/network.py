@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from graphprune.analysis import Analysis
 from graphprune.graph import Op
 from graphprune.groups import Group
+from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Masks
 from graphprune.report import Report
 from graphprune.rewrite import Edits
@@ -24,11 +25,13 @@ class Network:
         model: The model that the twin stands for.
         analysis: Labels on all tensors.
         groups: The coupling groups, in the order of the graph.
+        fills: Which nodes of ``model`` were split for the analysis.
     """
 
     model: ir.Model
     analysis: Analysis
     groups: list[Group]
+    fills: SplitFillsPass = field(default_factory=SplitFillsPass)
 
     @property
     def input_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from graphprune.graph import Op
 from graphprune.groups import find_groups
 from graphprune.model import as_ir, copy, file_size
 from graphprune.network import Network, Pruned
+from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
@@ -32,9 +33,14 @@ Progress = Callable[[str], None]
 
 
 def analyze_ir(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Network:
-    """Analyse an ``onnx_ir.Model``, which the result refers to and which is not changed."""
+    """Analyse an ``onnx_ir.Model``, which the result refers to.
+
+    The model is changed in one respect: fills that several ops read are split (:class:`SplitFillsPass`).
+    """
+    fills = SplitFillsPass()
+    fills(model)
     analysis = Analysis(build_twin(model, input_shapes))
-    return Network(model, analysis, find_groups(analysis))
+    return Network(model, analysis, find_groups(analysis), fills)
 
 
 def analyze(model: object, *, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Network:
@@ -114,6 +120,7 @@ def prune_ir(
     reference, node_of = reference_of(network, input_shapes)
     with _timed(seconds, "rewriting", None):
         Rewriter(network.analysis, masks).run(edits)
+        network.fills.join()
     report.parameters_after = parameters(work)
     report.bytes_after = file_size(work)
     by_node = {node: edit for (_, node), edit in edits.items()}
@@ -162,6 +169,7 @@ def apply_plan(
             break
         _inline_in_place(model, functions)
     Rewriter(network.analysis, masks).run(edits)
+    network.fills.join()
 
 
 def _inline(model: ir.Model, functions: set[tuple[str, str, str]]) -> ir.Model:

@@ -65,6 +65,20 @@ MENDED = {
         w1=(8, 12),
         w2=(12, 4),
     ),
+    "two layers that begin with the same zeros": model(
+        """agraph (float[2, 6] x) => (float[2, 4] y) {
+            shape = Constant <value = int64[2] {2, 12}> ()
+            zeros = ConstantOfShape (shape)
+            h = MatMul(x, w1)
+            a = Max(h, zeros)
+            g = MatMul(a, w2)
+            b = Max(g, zeros)
+            y = MatMul(b, w3)
+        }""",
+        w1=(6, 12),
+        w2=(12, 12),
+        w3=(12, 4),
+    ),
     "a table of positions longer than the sequence": model(
         """agraph (float[2, 3, 6] x) => (float[2, 3, 4] y) {
             first = Constant <value = int64[3] {0, 1, 2}> ()
@@ -106,3 +120,18 @@ def test_pruned_equals_the_masked_original(name: str, seed: int) -> None:
     assert report.max_error is not None
     assert report.max_error < 1e-5
     assert report.macs_after < report.macs_before
+
+
+def test_shared_zeros_couple_nothing() -> None:
+    _, report = graphprune.prune(MENDED["two layers that begin with the same zeros"], 0.5, round_to=1)
+    assert len(report.plan.cuts) == 2
+
+
+def test_shared_zeros_stay_shared_where_nothing_is_cut() -> None:
+    pruned, _ = graphprune.prune(
+        MENDED["two layers that begin with the same zeros"], channels_for={"w1": 0.5}, round_to=1
+    )
+    fills = [node for node in pruned.graph.node if node.op_type == "ConstantOfShape"]
+    assert len(fills) == 1  # the other is a stored constant by now
+    pruned, _ = graphprune.prune(MENDED["a table of positions longer than the sequence"], 0.5, round_to=1)
+    assert not [node for node in pruned.graph.node if node.op_type == "ConstantOfShape"]

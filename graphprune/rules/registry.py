@@ -257,11 +257,12 @@ def flows_of(op: Op) -> list[Flow] | Refusal:
         return Refusal(f"there is no rule for {op.kind}")
     try:
         found, sizes = _described(op, rule)
-        unknown = _unknown(op, parse(found) if isinstance(found, str) else None)
-        if unknown is not None and not isinstance(found, Refusal):
-            return Refusal(f"the shape of {unknown.name!r} is not known")
         if isinstance(found, str):
-            return [signature_flow(op, found, sizes)]
+            # Bound first: that a rule contradicts the op is a better reason than a shape that is missing for it.
+            flow, unknown = signature_flow(op, found, sizes), _unknown(op, parse(found))
+            return [flow] if unknown is None else Refusal(f"the shape of {unknown.name!r} is not known")
+        if not isinstance(found, Refusal) and (unknown := _unknown(op, None)) is not None:
+            return Refusal(f"the shape of {unknown.name!r} is not known")
     except RuleError as error:
         return Refusal(str(error))
     if isinstance(found, Refusal):
