@@ -374,7 +374,9 @@ def versions(settings: Settings) -> dict[str, str]:
     return found
 
 
-PARTS = {"process": whole_process, "latency": latency, "growth": growth, "memory": memory}
+# Memory first: until it runs its own program a child counts its parent's pages as its peak, and later parts load
+# networks into this process.
+PARTS = {"memory": memory, "process": whole_process, "latency": latency, "growth": growth}
 
 
 def main() -> None:
