@@ -101,10 +101,11 @@ def test_a_shuffled_axis_must_not_depend_on_rows() -> None:
     swap = TakeFlow(X, Y, 1, np.asarray([2, 1, 0]), 3)
     push(swap, atoms, X, labels)
     assert np.array_equal(atoms.find(labels[0]), atoms.find(labels[1]))
-    kept = Atoms()
-    labels = numbered(kept, (2, 3))
-    push(TakeFlow(X, Y, 1, np.asarray([0, 2]), 3), kept, X, labels)
-    assert kept.events == 0
+    for index, literal, united in (([1, 2], False, False), ([0, 2], False, True), ([1, 2], True, True)):
+        atoms = Atoms()  # a range is written as a range, which may begin elsewhere; all else is an index
+        labels = numbered(atoms, (2, 3))
+        push(TakeFlow(X, Y, 1, np.asarray(index), 3, literal=literal), atoms, X, labels)
+        assert (atoms.events > 0) == united
 
 
 @given(st.integers(1, 4), st.sampled_from([(), (1,), (2,), (2, 2)]), st.data())

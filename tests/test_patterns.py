@@ -260,8 +260,11 @@ def test_pruned_equals_zeroed_under_random_importance(pattern: Pattern, seed: in
 
 @pytest.mark.parametrize("pattern", [p for p in PATTERNS if p.differ], ids=lambda p: p.name)
 def test_shared_constants_couple_nothing(pattern: Pattern) -> None:
-    """Layers that share a bias keep channels of their own (with random weights, other ones)."""
-    masks = halved(pattern)[1].plan.masks
+    """Layers that share a bias keep channels of their own.
+
+    The score is random: by magnitude the vector that both share can rank the channels of both alike.
+    """
+    masks = prune(pattern, score="random", seed=1)[1].plan.masks
 
     def kept(name: str, axis: int) -> list[int]:
         others = tuple(i for i in range(masks[name].ndim) if i != axis)
