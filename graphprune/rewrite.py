@@ -461,6 +461,16 @@ class Rewriter:
                 if before != after:
                     dims[axis] = after if isinstance(dims[axis], int) else None
             value.shape = ir.Shape(dims)
+        self._forget_untaken()
+
+    def _forget_untaken(self) -> None:
+        """Drop the shapes stored in branches that are never taken: they read pruned tensors, and nobody walked them."""
+        walked = {op.node for op in self._analysis.graph.ops}
+        for graph in self._model.graph.subgraphs():
+            nodes = list(graph)
+            if nodes and not any(node in walked for node in nodes if node.op_type != "Constant"):
+                for value in (*(o for node in nodes for o in node.outputs), *graph.outputs):
+                    value.shape = None
 
     def _remove_loose(self) -> None:
         """Remove what only fed inputs that have been replaced."""

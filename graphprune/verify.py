@@ -65,6 +65,10 @@ DISCONTINUOUS = frozenset(
         "QLinearGlobalAveragePool",
     ]
 )
+#: Functions whose range is 1.
+BOUNDED = frozenset(["Sigmoid", "HardSigmoid", "Tanh", "Softmax", "Softsign", "Erf", "Sin", "Cos"])
+#: Units of float32's precision that such a function may be off.
+BOUNDED_ULPS = 4
 _CONTINUOUS_CASTS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 
 
@@ -220,7 +224,10 @@ def _run(session: onnxruntime.InferenceSession, feeds: Feeds, what: str) -> dict
     try:
         results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
     except Exception as error:
-        raise VerificationError(f"ONNX Runtime cannot run {what}: {_first_line(error)}") from error
+        raise VerificationError(
+            f"ONNX Runtime cannot run {what}: {_first_line(error)}; if it cannot run the original on random inputs"
+            " either, give inputs that it can with --calib"
+        ) from error
     return dict(zip(names, results, strict=True))
 
 
@@ -235,9 +242,10 @@ def tolerance_of(dtype: np.dtype[Any]) -> float:
         return TOLERANCE
 
 
-def difference(expected: Any, found: Any) -> float:
+def difference(expected: Any, found: Any, least_scale: float = 0.0) -> float:
     """Largest absolute difference relative to the greatest magnitude expected; infinity where shapes differ.
 
+    The scale is at least ``least_scale`` (see :func:`least_scale`).
     Equal infinities and equal NaNs do not differ.
     """
     if not isinstance(expected, np.ndarray) or not isinstance(found, np.ndarray):
@@ -252,9 +260,20 @@ def difference(expected: Any, found: Any) -> float:
     finite = np.isfinite(a)
     if not (finite == np.isfinite(b)).all() or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return float("inf")
-    scale = float(np.abs(a[finite]).max(initial=0.0))
+    scale = max(float(np.abs(a[finite]).max(initial=0.0)), least_scale)
     error = float(np.abs(a[finite] - b[finite]).max(initial=0.0))
     return 0.0 if error == 0.0 else error / scale if scale > 0 else float("inf")
+
+
+def least_scale(op: Op | None) -> float:
+    """The scale below which an op's results mean nothing.
+
+    A function whose range is 1 is computed to so many units of the precision of 1, not of its result: sigmoid(-20) is
+    2e-9 give or take 1e-7.
+    """
+    if op is None or op.op_type not in BOUNDED:
+        return 0.0
+    return BOUNDED_ULPS * float(np.finfo(np.float32).eps) / TOLERANCE
 
 
 def _same_structure(expected: Any, found: Any) -> bool:
@@ -299,7 +318,11 @@ def verify(
         expected, original = _run_masked(masked_path, feeds)
         with _session(path, "the pruned model") as session:
             found = _run(session, feeds, "the pruned model")
-        errors = {output: difference(expected[output], found.get(output)) for output in expected}
+        made_by = {tensor.name: tensor.producer for tensor in graph.outputs}
+        errors = {
+            name: difference(expected[name], found.get(name), least_scale(made_by.get(name)))
+            for name in expected
+        }
         wrong = [o for o, error in errors.items() if not error <= tolerance_of(_dtype(expected[o]))]
         if wrong:
             _explain(pruned, feeds, folder, wrong)
@@ -388,7 +411,7 @@ def _explain(pruned: Pruned, feeds: Feeds, folder: Path, wrong: Sequence[str]) -
             if any(m not in (1, s) for m, s in zip(mask.shape, reference.shape, strict=True)):
                 continue
             reference = compact(reference, mask)
-        error = difference(reference, found[name])
+        error = difference(reference, found[name], least_scale(tensor.producer))
         if not error <= tolerance_of(_dtype(reference)):
             differs[tensor] = error
     behind_jump = _behind_jumps(graph, differs)

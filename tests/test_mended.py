@@ -8,6 +8,8 @@ import onnx_ir as ir
 import pytest
 
 import graphprune
+from graphprune.graph import Op
+from graphprune.verify import TOLERANCE, difference, least_scale
 
 
 def model(text: str, **weights: tuple[int, ...]) -> onnx.ModelProto:
@@ -135,3 +137,41 @@ def test_shared_zeros_stay_shared_where_nothing_is_cut() -> None:
     assert len(fills) == 1  # the other is a stored constant by now
     pruned, _ = graphprune.prune(MENDED["a table of positions longer than the sequence"], 0.5, round_to=1)
     assert not [node for node in pruned.graph.node if node.op_type == "ConstantOfShape"]
+
+
+def test_a_branch_that_is_never_taken_may_read_what_is_cut() -> None:
+    def branch(op_type: str) -> onnx.GraphProto:
+        out = onnx.helper.make_tensor_value_info(op_type, onnx.TensorProto.FLOAT, [2, 12])
+        return onnx.helper.make_graph([onnx.helper.make_node(op_type, ["h"], [op_type])], op_type, [], [out])
+
+    rng = np.random.default_rng(0)
+    weights = {
+        "w1": rng.standard_normal((6, 12)).astype(np.float32),
+        "w2": rng.standard_normal((12, 4)).astype(np.float32),
+        "always": np.asarray(True),
+    }
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w1"], ["h"]),
+            onnx.helper.make_node(
+                "If", ["always"], ["r"], then_branch=branch("Relu"), else_branch=branch("Identity")
+            ),
+            onnx.helper.make_node("MatMul", ["r", "w2"], ["y"]),
+        ],
+        "branches",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [2, 6])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [2, 4])],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    branches = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    pruned, report = graphprune.prune(branches, 0.5, round_to=1)
+    assert {t.name: list(t.dims) for t in pruned.graph.initializer}["w1"] == [6, 6]
+    assert report.max_error is not None
+
+
+def test_what_a_bounded_function_rounds_away_is_no_difference() -> None:
+    op = Op("Sigmoid", "", 13, {}, [], [])
+    expected = np.full(3, 2e-9, dtype=np.float32)
+    assert difference(expected, expected + np.float32(1.2e-7), least_scale(op)) <= TOLERANCE
+    assert difference(expected, expected + np.float32(1e-5), least_scale(op)) > TOLERANCE
+    assert difference(expected, expected + np.float32(1.2e-7), least_scale(None)) > TOLERANCE
