@@ -53,6 +53,10 @@ class Process:
     peak_mb: float
     output: str
 
+    def figures(self) -> dict[str, float]:
+        """All but what it printed, which names folders of the machine."""
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "peak_mb": self.peak_mb}
+
 
 @dataclass
 class Section:
@@ -181,7 +185,7 @@ def whole_process(settings: Settings) -> Section:
             times = f"{seconds:.2f}", f"{cpu:.2f}", f"{seconds / base:.1f}"
             section.rows.append([name, label, *times, f"{peak:.0f}", f"{kept:.3f}", steps])
             for result in results:
-                section.raw.append({"network": name, "tool": label, "macs_kept": kept, **asdict(result)})
+                section.raw.append({"network": name, "tool": label, "macs_kept": kept, **result.figures()})
     return section
 
 
@@ -333,7 +337,7 @@ def memory(settings: Settings) -> Section:
             verified = " ".join(options) or "verified"
             section.rows.append([path.stem, verified, *cells, f"{result.seconds:.1f}"])
             measured = {"model": path.stem, "options": options, "file_mb": size, "floor_mb": floor}
-            section.raw.append(measured | asdict(result))
+            section.raw.append(measured | result.figures())
             for left in settings.folder.glob("memory.out*"):
                 left.unlink()
     return section
