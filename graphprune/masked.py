@@ -148,9 +148,13 @@ class _Masker:
             return  # the weight's mask is enough, and this operand's zero point need not be zero
         zero = node.inputs[zero_slot] if zero_slot is not None and zero_slot < len(node.inputs) else None
         if zero is None:
-            if tensor.dtype is None:
+            # Where inference left the operand's type open, what it is multiplied with has the same.
+            dtype = next(
+                (t.dtype for t in (tensor, *op.inputs) if t is not None and t.dtype is not None), None
+            )
+            if dtype is None:
                 raise VerificationError(f"{op.name!r}: an operand has no type, so that it cannot be masked")
-            zero = self._splice.constant(node, base, np.zeros((), dtype=tensor.dtype.numpy()))
+            zero = self._splice.constant(node, base, np.zeros((), dtype=dtype.numpy()))
         elif (zero_tensor := op.inputs[zero_slot or 0]) is not None and len(zero_tensor.shape or ()) == 1:
             if (zero_tensor.shape or (0,))[0] > 1:
                 column = op.op_type in ("QLinearConv", "ConvInteger")
