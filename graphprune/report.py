@@ -23,7 +23,6 @@ class Report:
         max_error: Largest difference from the masked original, relative to the output's scale; None if not verified.
         output_change: Largest change of an output on random input against the original, relative to the output's
             scale; None if not measured.
-        verified: How many outputs were compared, and at what tolerance; empty if not verified.
         input_shapes: The sizes at which the network was analysed and compared.
         seconds: Wall time of each step.
         notes: Whatever the user should know.

@@ -488,13 +488,3 @@ class Rewriter:
                 continue
             self._loose += [operand for operand in node.inputs if operand is not None]
             node.graph.remove(node, safe=True)
-
-
-def carry_out(analysis: Analysis, masks: Masks) -> None:
-    """Prune the model that the analysis' twin stands for, in place.
-
-    Raises:
-        PlanError: The plan cannot be carried out, or a function that it changes has not been inlined.
-    """
-    edits = collect(analysis, masks)
-    Rewriter(analysis, masks).run(edits)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphprune.errors import ModelError, OptionError, VerificationError
+from graphprune.errors import OptionError, VerificationError
 from graphprune.graph import Graph, Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
@@ -457,6 +457,3 @@ def _message(pruned: Pruned, op: Op, tensor: Tensor, error: float) -> str:
         f" {error:.2g} of its scale; this is a fault of graphprune: please report it with the model, and prune with"
         " --exclude until it is mended"
     )
-
-
-__all__ = ["ModelError", "difference", "random_feeds", "verify"]

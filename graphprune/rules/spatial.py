@@ -73,11 +73,6 @@ def col2im(op: Op) -> str:
     return "n (c k!) l!, ?, ? -> n c S!*"
 
 
-def block_size(op: Op) -> dict[str, int]:
-    size = int(op.attributes["blocksize"])
-    return {"r": size, "s": size}
-
-
 register("AveragePool LpPool", "n c S!* -> n c T!*")
 register("MaxPool", max_pool)
 register("GlobalAveragePool GlobalMaxPool GlobalLpPool", global_pool)
