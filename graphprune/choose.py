@@ -17,7 +17,8 @@ from graphprune.graph import Tensor
 from graphprune.groups import Group
 from graphprune.labels import varying_axes
 from graphprune.plan import Masks
-from graphprune.scores import Scores, weights_of
+from graphprune.scores.evidence import Scores
+from graphprune.scores.weights import weights_of
 
 #: Groups of at least this many labels are rounded by default.
 ROUNDED_FROM = 32

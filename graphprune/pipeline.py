@@ -22,7 +22,7 @@ from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
-from graphprune.scores import find_score
+from graphprune.scores import Evidence, find_score
 from graphprune.twin import build_twin
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def prune_ir(
             network = analyze_ir(work, input_shapes)
         with _timed(seconds, "choice", progress):
             if plan is None:
-                removed = choose(network.analysis, network.groups, criterion(network.analysis, seed), request)
+                scores = criterion(Evidence(network, seed=seed))
+                removed = choose(network.analysis, network.groups, scores, request)
             else:
                 removed = plan.removed_labels(network.groups)
             made, masks = make_plan(network.analysis, network.groups, removed)

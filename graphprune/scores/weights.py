@@ -1,39 +1,16 @@
-"""Saliency: how much each label matters.
-
-A score gives every label a number; labels with small numbers go first. Scores are registered by name, behind one
-interface that needs nothing but the analysis.
-"""
+"""Saliency from weights alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from graphprune.analysis import Analysis
-from graphprune.errors import OptionError
 from graphprune.evaluate import evaluate_constant
 from graphprune.graph import Tensor
 from graphprune.kernels.saliency import sums_by_label
-
-Scores = npt.NDArray[np.float64]
-
-
-class Score(Protocol):
-    """A saliency criterion."""
-
-    def __call__(self, analysis: Analysis, seed: int) -> Scores:
-        """Score every label.
-
-        Args:
-            analysis: The analysed twin.
-            seed: For criteria that draw at random.
-
-        Returns:
-            float64 ``[number of atoms]``, indexed by label.
-        """
+from graphprune.scores.evidence import Evidence, Needs, Scores
 
 
 def weights_of(analysis: Analysis) -> list[Tensor]:
@@ -60,10 +37,11 @@ class Magnitude:
     section 3.3).
     """
 
-    def __init__(self, power: float) -> None:
-        self.power = power
+    needs: ClassVar[Needs] = "weights"
+    power: ClassVar[float]
 
-    def __call__(self, analysis: Analysis, seed: int) -> Scores:
+    def __call__(self, evidence: Evidence) -> Scores:
+        analysis = evidence.network.analysis
         count = len(analysis.atoms)
         total = np.zeros(count)
         for tensor in weights_of(analysis):
@@ -73,27 +51,22 @@ class Magnitude:
         return np.asarray(total ** (1 / self.power), dtype=np.float64)
 
 
+class L1(Magnitude):
+    """The 1-norm (see :class:`Magnitude`)."""
+
+    power = 1
+
+
+class L2(Magnitude):
+    """The 2-norm (see :class:`Magnitude`)."""
+
+    power = 2
+
+
 class Random:
     """Uniform in [0, 1): the baseline that any criterion has to beat."""
 
-    def __call__(self, analysis: Analysis, seed: int) -> Scores:
-        return np.random.default_rng(seed).random(len(analysis.atoms))
+    needs: ClassVar[Needs] = "weights"
 
-
-#: All criteria by name.
-SCORES: dict[str, Callable[[], Score]] = {
-    "l1": lambda: Magnitude(1),
-    "l2": lambda: Magnitude(2),
-    "random": Random,
-}
-
-
-def find_score(name: str) -> Score:
-    """The criterion of that name.
-
-    Raises:
-        OptionError: There is none.
-    """
-    if name not in SCORES:
-        raise OptionError(f"unknown score {name!r}; there are {', '.join(SCORES)}")
-    return SCORES[name]()
+    def __call__(self, evidence: Evidence) -> Scores:
+        return np.random.default_rng(evidence.seed).random(len(evidence.network.analysis.atoms))
