@@ -30,7 +30,7 @@ def parameters(model: ir.Model) -> int:
         stored += [
             stored_tensor(node.outputs[0]) for node in graph if node.op_type == "Constant" and not node.domain
         ]
-        total += sum(t.size for t in stored if t is not None and t.dtype not in _NOT_PARAMETERS)
+        total += sum(t.size for t in stored if t is not None and is_parameter(t.dtype))
     return int(total)
 
 
@@ -47,27 +47,52 @@ def _expand(term: str, signature: Signature) -> list[str]:
     return names
 
 
+def is_parameter(dtype: ir.DataType | None) -> bool:
+    """True if elements of this type count as parameters: real or quantised numbers."""
+    return dtype is not None and dtype not in _NOT_PARAMETERS
+
+
+def mac_terms(op: Op, analysis: Analysis) -> list[list[str]]:
+    """The products of factors that one op costs, as its rule counts them; equal to its multiply-accumulates in sum."""
+    rule = find_rule(op)
+    flows = analysis.flows[op.index]
+    if rule is None or not rule.macs or isinstance(flows, Refusal):
+        return []
+    return [
+        [name for name in _expand(term.strip(), flow.signature) if name in flow.signature.sizes]
+        for flow in flows
+        if isinstance(flow, SignatureFlow)
+        for term in rule.macs.split("+")
+    ]
+
+
 def macs_of(op: Op, analysis: Analysis, size_of: SizeOf | None = None) -> int:
     """Multiply-accumulates of one op, as its rule counts them.
 
     A contraction costs the product of its factors' sizes; these are the original ones, or what ``size_of`` says.
     """
-    rule = find_rule(op)
-    flows = analysis.flows[op.index]
-    if rule is None or not rule.macs or isinstance(flows, Refusal):
+    terms = mac_terms(op, analysis)
+    if not terms:
         return 0
-    total = 0
-    for flow in flows:
-        if not isinstance(flow, SignatureFlow):
-            continue
-        sizes = flow.signature.sizes
-        for term in rule.macs.split("+"):
-            names = [name for name in _expand(term.strip(), flow.signature) if name in sizes]
-            total += prod(sizes[name] if size_of is None else size_of(name) for name in names)
-    return total
+    if size_of is None:
+        flows = analysis.flows[op.index]
+        sizes = {
+            name: size
+            for flow in ([] if isinstance(flows, Refusal) else flows)
+            if isinstance(flow, SignatureFlow)
+            for name, size in flow.signature.sizes.items()
+        }
+        size_of = sizes.__getitem__
+    return sum(prod(size_of(name) for name in names) for names in terms)
+
+
+def counted_ops(analysis: Analysis) -> list[Op]:
+    """The ops that are run for each input: those that read more than constants."""
+    return [op for op in analysis.graph.ops if not all(t is None or t.constant for t in op.inputs)]
 
 
 def macs(analysis: Analysis, sizes_in: Callable[[Op], SizeOf] | None = None) -> int:
     """Multiply-accumulates of the twin, ops under constants left out; at other sizes if ``sizes_in`` tells them."""
-    ops = [op for op in analysis.graph.ops if not all(t is None or t.constant for t in op.inputs)]
-    return sum(macs_of(op, analysis, None if sizes_in is None else sizes_in(op)) for op in ops)
+    return sum(
+        macs_of(op, analysis, None if sizes_in is None else sizes_in(op)) for op in counted_ops(analysis)
+    )

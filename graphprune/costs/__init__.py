@@ -1,0 +1,10 @@
+"""What a cut saves: cost models for budgets.
+
+A budget is met by choosing how much each group keeps; a :class:`CostModel` tells what that costs, and what each group
+saves at each level, without pruning anything.
+"""
+
+from graphprune.costs.models import BytesCost, CostModel, MacsCost, ParametersCost
+from graphprune.costs.widths import Extent, Kept, Widths
+
+__all__ = ["BytesCost", "CostModel", "Extent", "Kept", "MacsCost", "ParametersCost", "Widths"]
