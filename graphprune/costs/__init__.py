@@ -4,7 +4,19 @@ A budget is met by choosing how much each group keeps; a :class:`CostModel` tell
 saves at each level, without pruning anything.
 """
 
+from graphprune.costs.energy import EnergyCost
 from graphprune.costs.models import BytesCost, CostModel, MacsCost, ParametersCost
+from graphprune.costs.sizes import parse_size
 from graphprune.costs.widths import Extent, Kept, Widths
 
-__all__ = ["BytesCost", "CostModel", "Extent", "Kept", "MacsCost", "ParametersCost", "Widths"]
+__all__ = [
+    "BytesCost",
+    "CostModel",
+    "EnergyCost",
+    "Extent",
+    "Kept",
+    "MacsCost",
+    "ParametersCost",
+    "Widths",
+    "parse_size",
+]

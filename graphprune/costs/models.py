@@ -218,12 +218,16 @@ def stored_constants(network: Network) -> Iterator[Tensor]:
         ):
             yield tensor  # computed from constants, and stored once it is cut
     for tensors in uses.values():
-        if tensors[0] in analysis.colourings and all(_cut_alike(analysis, tensors[0], other) for other in tensors[1:]):
+        if tensors[0] in analysis.colourings and all(
+            _cut_alike(analysis, tensors[0], other) for other in tensors[1:]
+        ):
             yield tensors[0]
 
 
 def _cut_alike(analysis: Analysis, left: Tensor, right: Tensor) -> bool:
-    pairs = analysis.labellings(left), analysis.labellings(right)
-    return len(pairs[0]) == len(pairs[1]) and all(
-        a.shape == b.shape and bool((a == b).all()) for a, b in zip(*pairs, strict=True)
-    )
+    """True if a plan removes the same of two uses of one value."""
+    cuts = [
+        {(a.shape, a.tobytes()) for a in analysis.labellings(tensor) if not analysis.atoms.all_frozen(a)}
+        for tensor in (left, right)
+    ]
+    return cuts[0] == cuts[1]
