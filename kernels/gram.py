@@ -5,7 +5,7 @@ x, y and their products; so activations are never kept.
 
 Precision: products of a block of rows are formed in the block's own dtype (float32 for activations, at twice the
 speed), blocks are bounded and added in float64; and both x and y are shifted by the mean of the first block before they
-are multiplied (Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983, section 3), so that a mean
+are multiplied (Chan, Golub and LeVeque, Algorithms for computing the sample variance, 1983), so that a mean
 much larger than the deviation does not drown it. Sums of y squared are formed in float64 throughout: errors of fits are
 small differences of them.
 """
