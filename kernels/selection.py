@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import cho_factor, cho_solve
 
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
@@ -23,7 +22,7 @@ BLOCK = 1 << 22
 #: Where the path of penalties ends, as a fraction of its start.
 LAST_PENALTY = 1e-5
 #: A unit of which the active ones explain all but this fraction is a linear combination of them.
-DEPENDENT = 1e-9
+DEPENDENT = 1e-6
 #: Knots of the path, times the number of units: a unit rarely comes and goes more than once or twice.
 MAX_KNOTS = 8
 #: Changes of the active set between exact inversions.
@@ -242,8 +241,8 @@ class _ActiveSystem:
         """Work the inverse out anew from time to time: rounding errors add up."""
         self._age += 1
         if self._age % REFRESH == 0 and self.units:
-            factor = cho_factor(self._C[np.ix_(self.units, self.units)], lower=True)
-            self.inverse = cho_solve(factor, np.eye(len(self.units)))
+            # Not by Cholesky: a Gram matrix summed in float32 may be indefinite by a rounding error.
+            self.inverse = np.linalg.inv(self._C[np.ix_(self.units, self.units)])
 
 
 def _positive(step: Vector, denominator: Vector) -> Vector:

@@ -81,10 +81,10 @@ def test_thinet_sees_that_two_units_cancel() -> None:
     np.testing.assert_allclose(errors, [1, 5, 14, 5])
 
 
-def check_optimal(C: Array, b: Array, penalty: float) -> None:
+def check_optimal(C: Array, b: Array, penalty: float, slack: float = 1e-7) -> None:
     """At any optimum the gradient is balanced where b is not zero, and too small to move it where it is."""
     gradient = 2 * C @ (b - 1)
-    slack = 1e-7 * 2 * float(np.abs(C.sum(axis=1)).max())
+    slack *= 2 * float(np.abs(C.sum(axis=1)).max())
     assert (np.abs(gradient) <= penalty + slack).all()
     np.testing.assert_allclose(gradient[b != 0], -penalty * np.sign(b[b != 0]), atol=slack)
 
@@ -166,3 +166,19 @@ def test_nothing_contributes() -> None:
     order, errors = thinet(np.zeros((2, 2)))
     assert sorted(order.tolist()) == [0, 1]
     assert errors.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_path_through_copies_and_sums_in_float32(seed: int) -> None:
+    """Channels behind a ReLU, some copied or dead, and a Gram matrix that rounding left indefinite."""
+    rng = np.random.default_rng(seed)
+    y = np.maximum(rng.standard_normal((60, 40)) + 1, 0)
+    y = np.concatenate([y, y[:30], np.zeros((5, 40))]).astype(np.float32)
+    C = (y @ y.T).astype(np.float64)
+    assert np.linalg.eigvalsh(C)[0] < 0
+    for knot in lasso_knots(C):
+        check_optimal(C, knot.scales, knot.penalty, slack=1e-5)
+    scores = lasso_path(C)
+    assert np.isfinite(scores).all()
+    assert (scores >= 0).all()
+    assert not scores[90:].any()
