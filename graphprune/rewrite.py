@@ -240,7 +240,7 @@ class Rewriter:
         self._compact_constants()
         for (_, node), edit in edits.items():
             self._edit(node, edit)
-        self._remove_loose()
+        self._splice.remove_unread(self._loose)
 
     # -- constants ----------------------------------------------------------------------------------------------
 
@@ -471,20 +471,3 @@ class Rewriter:
             if nodes and not any(node in walked for node in nodes if node.op_type != "Constant"):
                 for value in (*(o for node in nodes for o in node.outputs), *graph.outputs):
                     value.shape = None
-
-    def _remove_loose(self) -> None:
-        """Remove what only fed inputs that have been replaced."""
-        while self._loose:
-            value = self._loose.pop()
-            if value.uses() or value.is_graph_output():
-                continue
-            node = value.producer()
-            if node is None:
-                inside = value.is_initializer() and not value.is_graph_input()
-                if inside and isinstance(value.graph, ir.Graph) and value.name is not None:
-                    del value.graph.initializers[value.name]
-                continue
-            if node.graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):
-                continue
-            self._loose += [operand for operand in node.inputs if operand is not None]
-            node.graph.remove(node, safe=True)

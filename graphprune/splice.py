@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,3 +99,22 @@ class Splicer:
         else:
             graph.insert_before(node, made)
         return made.outputs[0]
+
+    @staticmethod
+    def remove_unread(values: Iterable[ir.Value]) -> None:
+        """Remove values that nothing reads (any more), and whatever only fed them."""
+        todo = list(values)
+        while todo:
+            value = todo.pop()
+            if value.uses() or value.is_graph_output():
+                continue
+            node = value.producer()
+            if node is None:
+                inside = value.is_initializer() and not value.is_graph_input()
+                if inside and isinstance(value.graph, ir.Graph) and value.name is not None:
+                    value.graph.initializers.pop(value.name, None)
+                continue
+            if node.graph is None or any(o.uses() or o.is_graph_output() for o in node.outputs):
+                continue
+            todo += [operand for operand in node.inputs if operand is not None]
+            node.graph.remove(node, safe=True)
