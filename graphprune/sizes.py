@@ -17,7 +17,8 @@ import onnx_ir as ir
 
 from graphprune.errors import OptionError
 
-_BATCH = re.compile(r"batch|^(n|b|bs|bsz)$|^N\b", re.IGNORECASE)
+#: Names of symbols that mean a batch.
+BATCH = re.compile(r"batch|^(n|b|bs|bsz)$|^N\b", re.IGNORECASE)
 _IMAGE = re.compile(r"height|width|^(h|w|ih|iw|img\w*|image\w*|\w*size_?[hwxy])$", re.IGNORECASE)
 _PAST = re.compile(r"past|cache|prefix|history", re.IGNORECASE)
 _TOTAL = re.compile(
@@ -199,7 +200,7 @@ def role_of(value: ir.Value, axis: int) -> str:
     for role, pattern in (("total", _TOTAL), ("past", _PAST), ("image", _IMAGE), ("channel", _CHANNEL)):
         if pattern.search(name):
             return role
-    if _BATCH.search(name):
+    if BATCH.search(name):
         return "batch"
     if _SEQUENCE.search(name):
         return "sequence"
@@ -278,7 +279,7 @@ def _from_sum(name: str | None, bound: dict[str, int], policy: Policy) -> int | 
             case ast.Name(symbol):
                 if symbol not in bound:
                     role = (
-                        "past" if _PAST.search(symbol) else "batch" if _BATCH.search(symbol) else "sequence"
+                        "past" if _PAST.search(symbol) else "batch" if BATCH.search(symbol) else "sequence"
                     )
                     bound[symbol] = _size(role, policy)
                 return bound[symbol]
