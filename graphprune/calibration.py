@@ -137,7 +137,7 @@ def load_calibration(
             an array, of the model's rank or a single sample; or a Calibration.
         graph: The model's twin.
         preprocess: What makes inputs of images: of files, and of uint8 arrays ``[N, H, W, C]`` or ``[N, H, W]`` (real
-            ones too, for inputs of rank 4). Other inputs are taken as they are.
+            ones too, where the model has one input, of rank 4). Other inputs are taken as they are.
         labels: One for each sample; goes before labels in ``source``.
         samples: At most so many: a random subset, in random order, or the first ones of an iterator.
         seed: Of that choice.
@@ -170,11 +170,11 @@ def load_calibration(
     found_labels = _take_labels(offers, wanted)
     given = found_labels if labels is None else np.asarray(labels)
     _match_names(offers, wanted)
-    inputs = [Input(want, offers[want.name], preprocess) for want in wanted]
+    inputs = [Input(want, offers[want.name], preprocess, len(wanted) == 1) for want in wanted]
     if preprocess is not None and not any(each.prepared for each in inputs):
         shown = ", ".join(f"{each.wanted.name!r} {each.offer.dtype}" for each in inputs)
         raise OptionError(
-            f"--preprocess is for images, uint8 or of rank 4; none is among the inputs given: {shown}"
+            f"--preprocess is for images, uint8 or of rank 4: none is among the inputs given: {shown}"
         )
     batch, count = find_batch(inputs)
     if given is not None and count and len(given) != count:

@@ -19,6 +19,10 @@ class OptionError(GraphPruneError):
     """An argument is out of range, malformed, or names nothing in the model."""
 
 
+class MetricError(GraphPruneError):
+    """A metric raised, returned no number, or cannot judge the network's outputs."""
+
+
 class NothingToPruneError(GraphPruneError):
     """No coupling group is free, or the request removes nothing."""
 

@@ -28,7 +28,21 @@ class Input:
         prepared: It is made of images by ``preprocess``.
     """
 
-    def __init__(self, wanted: Wanted, offer: Offer, preprocess: Preprocess | None) -> None:
+    def __init__(
+        self, wanted: Wanted, offer: Offer, preprocess: Preprocess | None, only: bool = True
+    ) -> None:
+        """Check the type of what is offered.
+
+        Args:
+            wanted: What the model says.
+            offer: What is given.
+            preprocess: For images.
+            only: The model has no other input: a real array of rank 4 is then an image too.
+
+        Raises:
+            OptionError: The type is wrong, or ``preprocess`` would not give it.
+        """
+        self.only = only
         self.wanted = wanted
         self.offer = offer
         self.axis: int | None = 0
@@ -52,7 +66,7 @@ class Input:
         if isinstance(self.offer, Feeds) and self.offer.arrays[0].ndim == 3:
             rank = 3
         wanted_rank = 4 if self.wanted.dims is None else len(self.wanted.dims)
-        real = self.offer.dtype.kind == "f" and self.wanted.dtype.kind in "fV"
+        real = self.only and self.offer.dtype.kind == "f" and self.wanted.dtype.kind in "fV"
         return wanted_rank == 4 and (
             (self.offer.dtype == np.uint8 and rank in (3, 4)) or (real and rank == 4)
         )
