@@ -18,6 +18,10 @@ __all__ = ["SCORES", "Evidence", "Score", "Scores", "find_score"]
 SCORES: dict[str, tuple[str, str]] = {
     "l1": ("weights", "L1"),
     "l2": ("weights", "L2"),
+    "linf": ("weights", "LInf"),
+    "lamp": ("weights", "Lamp"),
+    "fpgm": ("weights", "GeometricMedian"),
+    "bn-scale": ("weights", "BatchNormScale"),
     "random": ("weights", "Random"),
 }
 
