@@ -5,8 +5,10 @@ saves at each level, without pruning anything.
 """
 
 from graphprune.costs.energy import EnergyCost
+from graphprune.costs.latency import LatencyCost, LatencyTable
 from graphprune.costs.models import BytesCost, CostModel, MacsCost, ParametersCost
 from graphprune.costs.sizes import parse_size
+from graphprune.costs.timing import compare, measure
 from graphprune.costs.widths import Extent, Kept, Widths
 
 __all__ = [
@@ -15,8 +17,12 @@ __all__ = [
     "EnergyCost",
     "Extent",
     "Kept",
+    "LatencyCost",
+    "LatencyTable",
     "MacsCost",
     "ParametersCost",
     "Widths",
+    "compare",
+    "measure",
     "parse_size",
 ]
