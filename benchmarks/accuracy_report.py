@@ -151,8 +151,8 @@ def _method() -> Iterator[str]:
     yield ""
     yield (
         "No training anywhere. Every method is given the same 512 unlabelled inputs: CIFAR-10 training images; "
-        "sentences of STS-B's development set (there is no training split beside it) that the test set lacks, cut to 16 "
-        "tokens; rendered words other than those judged on. Metrics are in per cent, in ONNX Runtime. MACs of every "
+        "sentences of STS-B's development set (there is no training split beside it) that the test set lacks, cut to "
+        "16 tokens; rendered words other than those judged on. Metrics are in per cent, in ONNX Runtime. MACs of every "
         "result are counted by graphprune on the .onnx file; rivals are given the ratio that reaches the target by "
         "bisection, within 3 %. *uniform* removes the same share of each group; *allocated* divides the budget by the "
         "groups' measured errors; *global* is the rivals' one threshold over all layers."
@@ -161,6 +161,6 @@ def _method() -> Iterator[str]:
     yield (
         "torch-pruning prunes the convolutions inside the blocks of a PyTorch twin whose logits agree with the file to "
         "1e-4: it does not follow the padded shortcuts. Its Taylor score takes the network's own predictions for "
-        "labels. onnxsim simplifies the model first, since its pruning expects BatchNormalization folded. *seconds* is the "
-        "time of one pruning, rivals' without their start and their search for the ratio."
+        "labels. onnxsim simplifies the model first, since its pruning expects BatchNormalization folded. *seconds* is "
+        "the time of one pruning, rivals' without their start and their search for the ratio."
     )
