@@ -121,12 +121,13 @@ class _Sum:
         return total
 
 
-def contract(x: Bounds, w: Floats, total: _Sum, eps: float, terms: float) -> tuple[Floats, Floats, Floats]:
-    """Ends and values of ``sum(x * w)`` for constant weights ``w``; x is of full size along the summed factors.
+def contract(
+    x: Bounds, positive: Floats, negative: Floats, total: _Sum, eps: float, terms: float
+) -> tuple[Floats, Floats, Floats]:
+    """Ends and values of ``sum(x * w)`` for constant weights, whose positive and negative parts are given.
 
-    The ends are moved outward by the rounding of a sum of so many terms.
+    x is of full size along the summed factors. The ends are moved outward by the rounding of a sum of so many terms.
     """
-    positive, negative = np.maximum(w, 0), np.minimum(w, 0)
     ends = []
     for up, low in ((x.lo, x.hi), (x.hi, x.lo)):  # which end a positive weight, and a negative one, meets
         endless = np.isinf(up), np.isinf(low)
@@ -139,7 +140,7 @@ def contract(x: Bounds, w: Floats, total: _Sum, eps: float, terms: float) -> tup
             )
             room = np.where(reached > 0, np.inf, room)
         ends.append((end, room))
-    value = total(np.where(x.fixed, x.value, 0), w)
+    value = total(np.where(x.fixed, x.value, 0), positive + negative)
     if not x.fixed.all():
         value = np.where(total((~x.fixed).astype(np.float64), positive - negative) > 0, np.nan, value)
     return ends[0][0] - ends[0][1], ends[1][0] + ends[1][1], value
@@ -172,7 +173,10 @@ def _with_constant(
 ) -> tuple[Bounds, tuple[str, ...]]:
     """The product with a constant; also the factors of the result's axes."""
     result = tuple(f for f in fo if f in fx or f in fw)
-    total = _Sum(fx, fw, result)
+    # A kernel's positions are in the weight alone: they are added up first.
+    alone = tuple(i for i, f in enumerate(fw) if f not in fx and f not in result)
+    names = tuple(f for f in fw if f in fx or f in result)
+    total = _Sum(fx, names, result)
     parts = []
     where = -1
     for axis, part in _chunks(w, fw, result):
@@ -183,7 +187,9 @@ def _with_constant(
         if axis >= 0 and fw[axis] in fx and x.lo.shape[fx.index(fw[axis])] > 1:
             at = (slice(None),) * fx.index(fw[axis])
             own = x.each(partial(_part, (*at, part)))
-        parts.append(contract(own, weights, total, eps, terms))
+        positive = np.maximum(weights, 0).sum(axis=alone)
+        negative = np.minimum(weights, 0).sum(axis=alone)
+        parts.append(contract(own, positive, negative, total, eps, terms))
     if where < 0:
         lo, hi, value = parts[0]
     else:

@@ -139,7 +139,9 @@ def increasing(site: Site) -> Found:
     value = _values(site, parts)
     rank = site.rank()
     lo, hi = widened(_of_rank(lo, rank), _of_rank(hi, rank), site.eps, units)
-    lo, hi = np.fmax(lo, least), np.fmin(hi, greatest)
+    # A tanh may come out as one and a unit.
+    beyond = units * site.eps if np.isfinite(greatest) else 0.0
+    lo, hi = np.fmax(lo, least - beyond), np.fmin(hi, greatest + beyond)
     return [bounds(lo, hi, None if value is None else _of_rank(value, rank), finite=site.finite)]
 
 

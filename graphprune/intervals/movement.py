@@ -46,7 +46,7 @@ def taken(part: Bounds, flow: TakeFlow, filling: Bounds | None) -> Bounds:
     if flow.places is None:
         return result
     dims = flow.places if result.lo.shape[axis] > 1 else (1,) * len(flow.places)
-    return result.each(lambda array: array.reshape(*array.shape[:axis], *dims, *array.shape[axis + 1 :]))
+    return result.each(lambda array: array.reshape((*array.shape[:axis], *dims, *array.shape[axis + 1 :])))
 
 
 def _filled(part: Bounds, holes: Array, axis: int, fill: Bounds, size: int) -> Bounds:
@@ -99,7 +99,7 @@ def gather(site: Site) -> Found:
     axis = normal_axis(int(site.attribute("axis", 0)), len(site.shape(0)))
     part = along(site.bounds(0), [axis])
     ones = (1,) * len(site.shape(1))
-    return [part.each(lambda array: array.reshape(*array.shape[:axis], *ones, *array.shape[axis + 1 :]))]
+    return [part.each(lambda array: array.reshape((*array.shape[:axis], *ones, *array.shape[axis + 1 :])))]
 
 
 @rule("Pad")

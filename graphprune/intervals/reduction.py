@@ -7,7 +7,7 @@ from math import prod
 
 import numpy as np
 
-from graphprune.intervals.bounds import Bounds, Floats, along, bounds, slack, widened
+from graphprune.intervals.bounds import Bounds, Floats, along, between, bounds, slack, widened
 from graphprune.intervals.elementwise import FUNCTION_UNITS, magnitude
 from graphprune.intervals.registry import Found, Site, rule
 from graphprune.rules.reduction import reduced_axes
@@ -133,6 +133,6 @@ def recurrent(site: Site) -> Found:
             found.append(None)
             continue
         rank = site.rank(slot)
-        shape = (1,) * rank
-        found.append(bounds(np.full(shape, -1.0), np.full(shape, 1.0)))
+        reach = 1 + FUNCTION_UNITS * site.eps
+        found.append(between(rank, -reach, reach))
     return found

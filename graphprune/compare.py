@@ -1,0 +1,146 @@
+"""Two forms of one model, compared in ONNX Runtime: what was cut must compute what it did before."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphprune.errors import VerificationError
+from graphprune.graph import Graph, Tensor
+from graphprune.kernels.box import compact
+from graphprune.model import copy, save
+from graphprune.plan import Masks
+from graphprune.verify import (
+    _behind_jumps,
+    _dtype,
+    _expose,
+    _run,
+    _session,
+    check_valid,
+    difference,
+    least_scale,
+    random_feeds,
+    tolerance_of,
+)
+
+Array = npt.NDArray[Any]
+Feeds = dict[str, Array]
+
+
+def feeds_within(graph: Graph, ranges: Mapping[str, tuple[float, float]], seed: int) -> Feeds:
+    """Random inputs; those that have a range are uniform in it."""
+    feeds = random_feeds(graph, seed)
+    generator = np.random.default_rng(seed)
+    for name, (lo, hi) in ranges.items():
+        feeds[name] = generator.uniform(lo, hi, feeds[name].shape).astype(feeds[name].dtype)
+    return feeds
+
+
+def compare(
+    original: ir.Model, model: ir.Model, masks: Masks, feeds: Sequence[Feeds], moved: Container[Tensor] = ()
+) -> float:
+    """Check that a cut model computes what the original does.
+
+    Args:
+        original: The model before.
+        model: The model after.
+        masks: What the cut left, on the twin of the model.
+        feeds: Inputs to compare on.
+        moved: Tensors that are not what they were, though what is made of them is.
+
+    Returns:
+        The largest difference of an output, relative to its scale; outputs behind ops whose result jumps (rounding,
+        comparing, picking) do not count, if what enters those is the same.
+
+    Raises:
+        VerificationError: The model is invalid, does not load, or differs.
+    """
+    graph = masks.analysis.graph
+    made_by = {tensor.name: tensor.producer for tensor in graph.outputs}
+    largest = 0.0
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
+        folder = Path(name)
+        save(original, folder / "original.onnx")
+        save(model, folder / "cut.onnx")
+        check_valid(folder / "cut.onnx", original)
+        for each in feeds:
+            expected, found = _both(folder, ("original", "cut"), each)
+            errors = {
+                name: difference(expected[name], found.get(name), least_scale(made_by.get(name)))
+                for name in expected
+            }
+            wrong = [o for o, error in errors.items() if not error <= tolerance_of(_dtype(expected[o]))]
+            if wrong:
+                _explain(original, model, masks, each, folder, wrong, moved)
+            largest = max([largest, *(errors[o] for o in errors if o not in wrong)])
+    return largest
+
+
+def _both(folder: Path, names: tuple[str, str], feeds: Feeds) -> tuple[dict[str, Any], dict[str, Any]]:
+    results = []
+    for name, what in zip(names, ("the original", "the model without its dead positions"), strict=True):
+        with _session(folder / f"{name}.onnx", what) as session:
+            results.append(_run(session, feeds, what))
+    return results[0], results[1]
+
+
+def _explain(
+    original: ir.Model,
+    model: ir.Model,
+    masks: Masks,
+    feeds: Feeds,
+    folder: Path,
+    wrong: Sequence[str],
+    moved: Container[Tensor],
+) -> None:
+    """Compare what lies between; accept outputs that differ only behind a jump.
+
+    Raises:
+        VerificationError: Something differs that no jump explains.
+    """
+    graph = masks.analysis.graph
+    tensors = {
+        tensor.name: tensor
+        for op in graph.ops
+        if not op.path
+        for tensor in op.outputs
+        if tensor is not None and tensor.shape is not None and not tensor.constant and tensor not in moved
+    }
+    for each, name in ((original, "original_all"), (model, "cut_all")):
+        exposed = copy(each)
+        _expose(exposed, {v.name: v for node in exposed.graph for v in node.outputs}, list(tensors))
+        save(exposed, folder / f"{name}.onnx")
+    expected, found = _both(folder, ("original_all", "cut_all"), feeds)
+    differs: dict[Tensor, float] = {}
+    for name, tensor in tensors.items():
+        if name not in expected or name not in found or tensor.data is not None:
+            continue
+        reference, mask = expected[name], masks.mask(tensor)
+        if mask is not None and isinstance(reference, np.ndarray):
+            if any(m not in (1, s) for m, s in zip(mask.shape, reference.shape, strict=True)):
+                continue
+            reference = compact(reference, mask)
+        error = difference(reference, found[name], least_scale(tensor.producer))
+        if not error <= tolerance_of(_dtype(reference)):
+            differs[tensor] = error
+    behind = _behind_jumps(graph, differs)
+    for op in graph.ops:
+        for output in op.outputs:
+            if output is not None and output in differs and output not in behind:
+                raise VerificationError(
+                    f"without its dead positions, tensor {output.name!r}, made by {op.kind} {op.name!r}, differs from"
+                    f" the original by {differs[output]:.2g} of its scale; leave the model as it is (no --dead) and"
+                    " please report it"
+                )
+    unexplained = [name for name in wrong if tensors.get(name) not in behind]
+    if unexplained:
+        raise VerificationError(
+            f"without its dead positions, output {unexplained[0]!r} differs from the original; leave the model as it is"
+            " (no --dead) and please report it"
+        )
