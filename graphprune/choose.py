@@ -161,10 +161,8 @@ def _overlaps(analysis: Analysis, groups: Sequence[Group]) -> dict[int, set[int]
     return overlaps
 
 
-def choose(
-    analysis: Analysis, groups: Sequence[Group], scores: Scores, request: Request
-) -> npt.NDArray[np.int32]:
-    """Pick the labels to remove: in each group the ones of lowest score, equally many in each block.
+def cuttable(analysis: Analysis, groups: Sequence[Group], request: Request) -> list[float | None]:
+    """The ratio for each group that may be cut, None for the others; of groups that overlap one way to cut stays.
 
     Raises:
         NothingToPruneError: No group is free.
@@ -175,18 +173,36 @@ def choose(
         raise NothingToPruneError(_why_nothing(groups, request))
     named = {index for index in _named(analysis, groups, request) if wanted[index] is not None}
     candidates = {
-        index: gone
+        index
         for index, ratio in enumerate(wanted)
-        if ratio is not None
-        and len(gone := _weakest(groups[index], scores, keep_count(groups[index], ratio, request.round_to)))
+        if ratio is not None and keep_count(groups[index], ratio, request.round_to) < groups[index].unit
     }
-    cut = _without_overlaps(analysis, groups, candidates, named)
+    kept = _without_overlaps(analysis, groups, candidates, named)
+    return [ratio if index in kept else None for index, ratio in enumerate(wanted)]
+
+
+def choose(
+    analysis: Analysis, groups: Sequence[Group], scores: Scores, kept: Sequence[int | None]
+) -> npt.NDArray[np.int32]:
+    """Pick the labels to remove: in each group the ones of lowest score, equally many in each block.
+
+    Args:
+        analysis: The analysis.
+        groups: Its groups.
+        scores: What each label is worth.
+        kept: For each group how many of its ``unit`` equal parts stay; None: all of them.
+    """
+    cut = {
+        index: gone
+        for index, keep in enumerate(kept)
+        if keep is not None and len(gone := _weakest(groups[index], scores, keep))
+    }
     return _mend(analysis, groups, cut, scores)
 
 
 def _without_overlaps(
-    analysis: Analysis, groups: Sequence[Group], candidates: dict[int, npt.NDArray[np.int32]], named: set[int]
-) -> dict[int, npt.NDArray[np.int32]]:
+    analysis: Analysis, groups: Sequence[Group], candidates: set[int], named: set[int]
+) -> set[int]:
     """Of groups that overlap keep one way to cut, so that a ratio holds once and not twice.
 
     Of all ways to pick groups that do not overlap, those that reach the most weights are good; among the good ones
@@ -195,8 +211,10 @@ def _without_overlaps(
     """
     overlaps = _overlaps(analysis, groups)
     conflicts: networkx.Graph[int] = networkx.Graph()
-    conflicts.add_nodes_from(candidates)
-    conflicts.add_edges_from((i, j) for i in candidates for j in overlaps.get(i, ()) if j in candidates)
+    conflicts.add_nodes_from(sorted(candidates))
+    conflicts.add_edges_from(
+        (i, j) for i in sorted(candidates) for j in overlaps.get(i, ()) if j in candidates
+    )
     for index in named:
         if index in conflicts:
             conflicts.remove_nodes_from(
@@ -211,7 +229,7 @@ def _without_overlaps(
         kept |= max(good, key=lambda pair: (sum(groups[i].size for i in pair[0]), pair[1], sorted(pair[0])))[
             0
         ]
-    return {index: gone for index, gone in candidates.items() if index in kept or index in named}
+    return kept | (candidates & named)
 
 
 def _independent(conflicts: networkx.Graph[int], groups: Sequence[Group]) -> list[set[int]]:

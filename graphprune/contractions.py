@@ -39,6 +39,9 @@ class MatrixForm(Protocol):
     def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of :meth:`arrange`, for a weight of that shape."""
 
+    def spread(self, vector: Array, rank: int) -> Array:
+        """A vector ``[outputs of all products]`` in the shape in which it is added to the op's result."""
+
     @property
     def scale(self) -> float:
         """The op multiplies with the arranged weight times this."""
@@ -151,6 +154,9 @@ class _ConvForm:
         flat = flat if positions is None else flat[positions]
         return np.moveaxis(flat.reshape(len(flat), self._groups, -1), 1, 0)
 
+    def spread(self, vector: Array, rank: int) -> Array:
+        return vector.reshape(1, -1, *(1,) * (rank - 2))
+
     @property
     def scale(self) -> float:
         return 1.0
@@ -178,6 +184,9 @@ class _ProductForm:
     transposed_weight: bool = False
     transposed_result: bool = False
     scale: float = 1.0
+
+    def spread(self, vector: Array, rank: int) -> Array:
+        return vector.reshape(-1, 1) if self.transposed_result else vector
 
     @staticmethod
     def _flat(array: Array, transposed: bool, positions: Positions | None) -> Array:

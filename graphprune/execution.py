@@ -11,18 +11,21 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphprune.calibration import Array, Feeds
+from graphprune.calibration import Array
 from graphprune.errors import ModelError
 from graphprune.nodes import captured, stored_tensor, subgraphs
 
 if TYPE_CHECKING:
     import onnxruntime
+
+#: Arrays by value name.
+Feeds: TypeAlias = dict[str, Array]
 
 #: Activations of all batches are held in memory up to this many bytes.
 MEMORY_LIMIT = 2 << 30
@@ -60,7 +63,12 @@ class Piece:
     """Some nodes of a model's main graph as a model of its own."""
 
     def __init__(
-        self, model: ir.Model, nodes: Sequence[ir.Node], outputs: Iterable[str], free: Iterable[str] = ()
+        self,
+        model: ir.Model,
+        nodes: Sequence[ir.Node],
+        outputs: Iterable[str],
+        free: Iterable[str] = (),
+        shifted: Mapping[str, str] | None = None,
     ) -> None:
         """Cut a piece out.
 
@@ -68,13 +76,16 @@ class Piece:
             model: The model; not changed. Its functions must have been inlined.
             nodes: Nodes of its main graph, in order.
             outputs: Names of values to return.
-            free: Names of initializers that are given anew with each run.
+            free: Names of constants that are given anew with each run.
+            shifted: Value -> name of a further input that is added to it.
         """
         self._model = model
-        self._nodes = nodes
+        free = set(free)
+        self._shifted = dict(shifted or {})
+        self._nodes = [node for node in nodes if not all(output.name in free for output in node.outputs)]
+        nodes = self._nodes
         made = {output.name for node in nodes for output in node.outputs if output.name}
         self.outputs = [name for name in dict.fromkeys(outputs) if name in made]
-        free = set(free)
         self.initializers: dict[str, ir.Value] = {}
         self.inputs: list[str] = []
         for value in dict.fromkeys(value for node in nodes for value in reads(node)):
@@ -85,6 +96,7 @@ class Piece:
                 self.initializers[name] = value
             else:
                 self.inputs.append(name)
+        self.inputs += self._shifted.values()
         self._session: onnxruntime.InferenceSession | None = None
 
     def _build(self, feeds: Mapping[str, Array]) -> onnx.ModelProto:
@@ -92,7 +104,7 @@ class Piece:
             onnx.helper.make_tensor_value_info(name, _element_type(feeds[name]), None) for name in self.inputs
         ]
         graph = onnx.helper.make_graph(
-            [ir.serde.serialize_node(node) for node in self._nodes],
+            list(self._protos()),
             "piece",
             inputs,
             [onnx.ValueInfoProto(name=name) for name in self.outputs],
@@ -109,6 +121,19 @@ class Piece:
         return onnx.helper.make_model(
             graph, opset_imports=opsets, ir_version=max(self._model.ir_version or 8, 4)
         )
+
+    def _protos(self) -> Iterator[onnx.NodeProto]:
+        for node in self._nodes:
+            proto = ir.serde.serialize_node(node)
+            additions = []
+            for slot, name in enumerate(proto.output):
+                if name in self._shifted:
+                    proto.output[slot] = f"{name}/unshifted"
+                    additions.append(
+                        onnx.helper.make_node("Add", [f"{name}/unshifted", self._shifted[name]], [name])
+                    )
+            yield proto
+            yield from additions
 
     def run(self, feeds: Mapping[str, Array]) -> Feeds:
         """Run on one batch.
@@ -275,11 +300,7 @@ class StagedRun:
                 if name in feeds:
                     self._drop(feeds, name)
 
-    def rest(self, free: Iterable[str] = ()) -> Piece:
-        """All nodes that have not been run, up to the graph's outputs."""
-        return Piece(
-            self._model,
-            self.nodes[self.position :],
-            [output.name for output in self._model.graph.outputs if output.name],
-            free,
-        )
+    def rest(self, free: Iterable[str] = (), shifted: Mapping[str, str] | None = None) -> Piece:
+        """All nodes that have not been run, up to the graph's outputs (see :class:`Piece`)."""
+        outputs = [output.name for output in self._model.graph.outputs if output.name]
+        return Piece(self._model, self.nodes[self.position :], outputs, free, shifted)

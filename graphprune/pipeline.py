@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from graphprune.analysis import Analysis
-from graphprune.choose import Request, choose
+from graphprune.choose import Request, choose, cuttable, keep_count
 from graphprune.cost import macs, parameters
 from graphprune.errors import ModelError, NothingToPruneError
 from graphprune.graph import Op
@@ -92,7 +92,12 @@ def prune_ir(
         with _timed(seconds, "choice", progress):
             if plan is None:
                 scores = criterion(Evidence(network, seed=seed))
-                removed = choose(network.analysis, network.groups, scores, request)
+                wanted = cuttable(network.analysis, network.groups, request)
+                kept = [
+                    None if ratio is None else keep_count(group, ratio, request.round_to)
+                    for group, ratio in zip(network.groups, wanted, strict=True)
+                ]
+                removed = choose(network.analysis, network.groups, scores, kept)
             else:
                 removed = plan.removed_labels(network.groups)
             made, masks = make_plan(network.analysis, network.groups, removed)

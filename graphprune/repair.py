@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphprune.calibration import Array, Calibration, Feeds
+from graphprune.calibration import Array, Calibration
 from graphprune.contractions import Contraction, find_contraction
-from graphprune.execution import StagedRun, constant_contents
+from graphprune.execution import Feeds, StagedRun, constant_contents
 from graphprune.graph import Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.kernels.gram import GramAccumulator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol, TypeAlias
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from graphprune.calibration import Calibration
 from graphprune.errors import OptionError
+from graphprune.groups import Group
 from graphprune.network import Network
 
 Scores: TypeAlias = npt.NDArray[np.float64]
@@ -25,11 +27,23 @@ class Evidence:
         network: The analysed model.
         calibration: Inputs; None where the user gave none.
         seed: For criteria that draw at random.
+        wanted: Indices of the groups that may be cut; None: all that are not frozen.
+        progress: Called with (steps done, steps in all) by criteria that take long.
     """
 
     network: Network
     calibration: Calibration | None = None
     seed: int = 0
+    wanted: Sequence[int] | None = None
+    progress: Callable[[int, int], None] | None = None
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups that may be cut: a criterion need not judge others."""
+        groups = self.network.groups
+        if self.wanted is None:
+            return [group for group in groups if group.frozen is None]
+        return [groups[index] for index in self.wanted]
 
     def inputs(self, score: str) -> Calibration:
         """The calibration's inputs, which ``score`` cannot do without.

@@ -1,0 +1,236 @@
+"""Sensitivity: what the network's outputs lose when one group alone is cut, at several levels.
+
+Each group is cut alone, the weights that read it are corrected in closed form, and the rest of the network is run: no
+model is rewritten, since a contraction whose weights are zero at removed positions is what masking means. These are the
+error-against-cost curves that a budget is spent by (as in Frantar & Alistarh, SPDY, ICML 2022, section 4.1, there by
+layers), and what ``--sensitivity`` shows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from graphprune.calibration import Array
+from graphprune.execution import Feeds, StagedRun
+from graphprune.groups import Group
+from graphprune.kernels import obs
+from graphprune.scores.evidence import Evidence, Scores
+from graphprune.scores.reconstruction import DAMPING, GroupReader, group_readers
+
+#: Samples on which the curves are measured.
+SAMPLES = 128
+#: Samples that run through the network at once.
+BATCH = 64
+
+
+@dataclass
+class Curve:
+    """What the network loses when one group alone is cut.
+
+    Attributes:
+        group: The group's name.
+        index: Its index.
+        kept: How many of the group's ``unit`` parts stay, descending; the first is all of them.
+        errors: Squared distance of the outputs from the original's, relative to their variance, at each; never falls.
+        measured: False where nothing could be run and the error is that of the score alone.
+    """
+
+    group: str
+    index: int
+    kept: list[int]
+    errors: list[float]
+    measured: bool = True
+
+    def at(self, kept: int) -> float:
+        """The error where so many parts stay, by linear interpolation."""
+        return float(np.interp(-kept, [-k for k in self.kept], self.errors))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A group cut to one level: weights and shifts to run the rest of the network with."""
+
+    feeds: dict[str, Array] = field(default_factory=dict)
+
+
+def outputs_error(found: Sequence[Feeds], expected: Sequence[Feeds]) -> float:
+    """Squared distance of real outputs relative to their variance over samples, averaged over outputs."""
+    errors = []
+    for name, first in expected[0].items():
+        if not isinstance(first, np.ndarray) or first.dtype.kind not in "fV":
+            continue
+        mean = np.mean([batch[name].mean(axis=0, dtype=np.float64) for batch in expected], axis=0)
+        distance = sum(
+            float(np.square(a[name].astype(np.float64) - b[name]).sum())
+            for a, b in zip(found, expected, strict=True)
+        )
+        variance = sum(float(np.square(batch[name].astype(np.float64) - mean).sum()) for batch in expected)
+        if variance > 0 and np.isfinite(distance):
+            errors.append(distance / variance)
+        elif not np.isfinite(distance):
+            errors.append(float("inf"))
+    return float(np.mean(errors)) if errors else 0.0
+
+
+class Sensitivity:
+    """Measures the curves of all groups that may be cut."""
+
+    def __init__(self, evidence: Evidence, scores: Scores, levels: Mapping[int, Sequence[int]]) -> None:
+        """Prepare.
+
+        Args:
+            evidence: The network and its inputs.
+            scores: What goes first.
+            levels: For each group (by index) the numbers of parts to try, below the group's ``unit``.
+        """
+        self._evidence = evidence
+        self._scores = scores
+        self._levels = levels
+
+    def measure(self) -> list[Curve]:
+        """All curves, in the order of the groups."""
+        network = self._evidence.network
+        calibration = self._evidence.inputs("sensitivity").subset(SAMPLES)
+        trials: dict[int, list[tuple[list[GroupReader], dict[int, list[Array]], list[int]]]] = {}
+        curves: dict[int, Curve] = {}
+        with StagedRun(network.model, calibration.batches(BATCH)) as run:
+            whole = run.rest()
+            expected = [whole.run(feeds) for feeds in run.batches()]
+            corrected = {
+                group.index: (readers, self._corrections(group, readers))
+                for group, readers in group_readers(self._evidence, "sensitivity")
+                if readers and group.index in self._levels
+            }
+            order = sorted(corrected, key=lambda index: self._start(run, corrected[index][0]))
+            for number, index in enumerate(order):
+                if self._evidence.progress is not None:
+                    self._evidence.progress(number, len(order))
+                readers, corrections = corrected.pop(index)
+                curves[index] = self._curve(run, network.groups[index], readers, corrections, expected)
+        for index, levels in self._levels.items():
+            if index not in curves:
+                curves[index] = score_curve(network.groups[index], self._scores, levels)
+        return [curves[index] for index in sorted(curves)]
+
+    @staticmethod
+    def _start(run: StagedRun, readers: Sequence[GroupReader]) -> int:
+        return min(run.index[_node(reader)] for reader in readers)
+
+    def _kept_units(self, group: Group, level: int) -> Array:
+        """Positions in ``group.labels`` that stay at a level."""
+        kept, start = [], 0
+        for block in group.blocks:
+            count = level * len(block) // group.unit
+            ranked = np.lexsort((block, self._scores[block]))
+            kept.append(start + np.sort(ranked[len(block) - count :]))
+            start += len(block)
+        return np.concatenate(kept)
+
+    def _corrections(self, group: Group, readers: Sequence[GroupReader]) -> list[list[Array]]:
+        """For each level each reader's corrected weight, float32 ``[features, outputs]``, zero where removed."""
+        found = []
+        for level in self._levels[group.index]:
+            gone = np.setdiff1d(np.arange(group.size), self._kept_units(group, level))
+            weights = []
+            for reader in readers:
+                lost = np.concatenate([reader.features[unit] for unit in gone] or [np.zeros(0, np.int64)])
+                weight = np.zeros(reader.weight.shape, dtype=np.float32)
+                stays = np.ones(len(weight), dtype=bool)
+                stays[lost] = False
+                weight[stays] = obs.corrected_weight(reader.as_obs(), gone, damping=DAMPING)
+                weights.append(weight)
+            found.append(weights)
+        return found
+
+    def _curve(
+        self,
+        run: StagedRun,
+        group: Group,
+        readers: Sequence[GroupReader],
+        corrections: Sequence[Sequence[Array]],
+        expected: Sequence[Feeds],
+    ) -> Curve:
+        run.advance(self._start(run, readers))
+        nodes = list(dict.fromkeys(_node(reader) for reader in readers))
+        shifted = {_output(node): f"{_output(node)}/shift" for node in nodes}
+        piece = run.rest([_weight(reader) for reader in readers], shifted)
+        kept, errors = [group.unit], [0.0]
+        for level, weights in zip(self._levels[group.index], corrections, strict=True):
+            trial = self._trial(readers, weights)
+            found = [piece.run({**feeds, **trial}) for feeds in run.batches()]
+            kept.append(level)
+            errors.append(max(errors[-1], outputs_error(found, expected)))
+        return Curve(group.name, group.index, kept, errors)
+
+    @staticmethod
+    def _trial(readers: Sequence[GroupReader], weights: Sequence[Array]) -> Feeds:
+        """Corrected weights and the shift that makes up for what is constant, by input name of the piece."""
+        by_node: dict[ir.Node, list[tuple[GroupReader, Array]]] = {}
+        for reader, weight in zip(readers, weights, strict=True):
+            by_node.setdefault(_node(reader), []).append((reader, weight))
+        feeds: Feeds = {}
+        for node, there in by_node.items():
+            contraction = there[0][0].reader.contraction
+            matrices = there[0][0].reader.matrices.astype(np.float32)
+            shift = np.zeros(matrices.shape[::2], dtype=np.float32)
+            for reader, weight in there:
+                shift[reader.product] = reader.mean @ (matrices[reader.product] - weight)
+                matrices[reader.product] = weight
+            shape = contraction.weight_tensor.shape or ()
+            dtype = contraction.weight_tensor.dtype
+            plain = contraction.form.restore(matrices / contraction.form.scale, shape)
+            numpy = dtype.numpy() if dtype is not None else np.dtype(np.float32)
+            feeds[_weight(there[0][0])] = plain.astype(numpy)
+            feeds[f"{_output(node)}/shift"] = contraction.form.spread(
+                shift.ravel(), len(contraction.output.shape or ())
+            ).astype(numpy)
+        return feeds
+
+
+def score_curve(group: Group, scores: Scores, levels: Sequence[int]) -> Curve:
+    """A curve without a measurement: the share of the group's squared scores that is removed."""
+    squares = np.square(np.where(np.isfinite(scores[group.labels]), scores[group.labels], 0.0))
+    ranked = np.cumsum(np.sort(squares))
+    total = float(ranked[-1]) or 1.0
+    kept, errors = [group.unit], [0.0]
+    for level in levels:
+        gone = group.size - level * group.size // group.unit
+        kept.append(level)
+        errors.append(float(ranked[gone - 1]) / total if gone else 0.0)
+    return Curve(group.name, group.index, kept, errors, measured=False)
+
+
+def save_curves(curves: Sequence[Curve], groups: Sequence[Group], path: Path) -> None:
+    """Write the curves as JSON."""
+    data = [
+        {
+            "group": curve.group,
+            "size": groups[curve.index].size,
+            "kept": [k / groups[curve.index].unit for k in curve.kept],
+            "errors": curve.errors,
+            "measured": curve.measured,
+        }
+        for curve in curves
+    ]
+    path.write_text(json.dumps({"graphprune_sensitivity": 1, "groups": data}, indent=1) + "\n", encoding="utf-8")
+
+
+def _node(reader: GroupReader) -> ir.Node:
+    node = reader.reader.contraction.op.node
+    assert node is not None
+    return node
+
+
+def _weight(reader: GroupReader) -> str:
+    value = _node(reader).inputs[reader.reader.contraction.weight]
+    return "" if value is None else value.name or ""
+
+
+def _output(node: ir.Node) -> str:
+    return node.outputs[0].name or ""
