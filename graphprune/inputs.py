@@ -227,8 +227,8 @@ def find_batch(inputs: Sequence[Input]) -> tuple[int | None, int]:
         if each.axis is None:
             each.axis = _same_size_axis(each, count)
         elif each.length() != count:
-            symbol = _symbol(each)
-            if symbol is None or _is_batch(symbol) or symbol == _symbol(main):
+            symbols = {_symbol(main), _symbol(each)}
+            if None in symbols or len(symbols) == 1:
                 raise OptionError(
                     f"the calibration inputs have different numbers of samples: {main.wanted.name!r} {count},"
                     f" {each.wanted.name!r} {each.length()} along axis {each.axis}"

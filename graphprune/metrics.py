@@ -247,8 +247,8 @@ def evaluate(
         progress: Called after each batch.
 
     Returns:
-        By output name, samples along axis 0. Where samples differ in shape, a 1-d array of objects, one array for
-        each; where an output has no axis for samples, one entry for each batch instead.
+        By output name, samples along axis 0, wherever the model has them. Where samples differ in shape, a 1-d array
+        of objects, one array for each; where an output has no axis for samples, one entry for each batch instead.
 
     Raises:
         ModelError: ONNX Runtime cannot load or run the model, or an output is no tensor.
@@ -290,11 +290,23 @@ def _samples(feed: Mapping[str, Array], calibration: Calibration) -> int:
 
 
 def _joined(arrays: list[Array], counts: list[int]) -> Array:
-    by_sample = all(array.ndim and len(array) == count for array, count in zip(arrays, counts, strict=True))
-    shapes = {array.shape[1:] if by_sample else array.shape for array in arrays}
-    if by_sample and len(shapes) == 1:
+    """What all batches put out, the axis of samples first: the first one that has as many entries as each batch."""
+    ranks = {array.ndim for array in arrays}
+    axes = range(min(ranks)) if len(ranks) == 1 else ()
+    axis = next(
+        (
+            axis
+            for axis in axes
+            if all(array.shape[axis] == count for array, count in zip(arrays, counts, strict=True))
+        ),
+        None,
+    )
+    if axis is not None:
+        arrays = [np.moveaxis(array, axis, 0) for array in arrays]
+    shapes = {array.shape if axis is None else array.shape[1:] for array in arrays}
+    if axis is not None and len(shapes) == 1:
         return np.concatenate(arrays)
-    items = [sample for array in arrays for sample in array] if by_sample else arrays
+    items = arrays if axis is None else [sample for array in arrays for sample in array]
     if len(shapes) == 1:
         return np.stack(items)
     mixed = np.empty(len(items), dtype=object)

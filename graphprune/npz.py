@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
 
 #: Bytes that are decompressed at a time.
-_STEP = 1 << 24
+_STEP = 1 << 22
 _LOCAL_HEADER = 30
 
 

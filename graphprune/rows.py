@@ -24,6 +24,8 @@ Array = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
 Shape = tuple[int, ...]
 
+#: Bytes that are checked at a time.
+_STEP = 1 << 22
 #: Files with these endings are images.
 IMAGES = frozenset(
     f".{ending}"
@@ -246,10 +248,12 @@ class Rows:
     def pick(self, index: Indices) -> Rows:
         """The samples at these positions, in this order."""
         index = self.index[index]
+        if not len(index):
+            return Rows(self.pieces[:1], index)
         used, of = np.unique(self._piece_of(index), return_inverse=True)
         pieces = [self.pieces[piece] for piece in used.tolist()]
         starts = np.cumsum([0, *(piece.count for piece in pieces[:-1])])
-        return Rows(pieces, index - self._starts[used][of] + starts[of]) if pieces else self
+        return Rows(pieces, index - self._starts[used][of] + starts[of])
 
     def run(self, start: int, stop: int) -> int:
         """The last position up to ``stop`` before which all samples from ``start`` on have one shape."""
@@ -281,7 +285,7 @@ def check_finite(array: Array | Rows, what: str, index: Indices | None = None) -
         return check_finite(array[None], what)
     if array.dtype.kind not in "fcV":
         return None
-    step = max(1, (1 << 24) // max(1, array.dtype.itemsize * math.prod(array.shape[1:])))
+    step = max(1, _STEP // max(1, array.dtype.itemsize * math.prod(array.shape[1:])))
     for start in range(0, len(array), step):
         block = array[start : start + step]
         finite = np.isfinite(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ Indices = npt.NDArray[np.intp]
 
 #: Names of an array of labels beside the inputs.
 LABELS = ("labels", "y")
+#: Symbols that exporters number through: two of them may well mean one size.
+_NUMBERED = re.compile(r"|\?|None|unk__\d+|p2o\.DynamicDimension\.\d+")
 #: The name under which an array without a name is offered.
 NAMELESS = ""
 
@@ -64,7 +67,7 @@ class Wanted:
 def _dim(dim: Any) -> int | str | None:
     if isinstance(dim, int):
         return dim if dim >= 0 else None
-    return None if dim.value in (None, "", "?", "None") else str(dim.value)
+    return None if dim.value is None or _NUMBERED.fullmatch(dim.value) else str(dim.value)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ def open_source(
         return {str(name): np.asarray(array) for name, array in source.items()}
     if isinstance(source, np.ndarray):
         return {NAMELESS: source}
+    if hasattr(source, "__array__"):  # a tensor of another library
+        return {NAMELESS: np.asarray(source)}
     if isinstance(source, Iterable):
         return _collect(source, wanted, samples)
     raise OptionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -158,6 +159,26 @@ def test_what_is_mapped_is_not_held(image: Graph, tmp_path: Path) -> None:
     np.testing.assert_array_equal(joined(picked)["x"], joined(load_calibration(x, image, samples=9))["x"])
 
 
+@pytest.mark.parametrize("samples", [None, 16])
+def test_memory_of_compressed_archives(samples: int | None, tmp_path: Path) -> None:
+    """What is taken is held once, and beside it some megabytes that are being decompressed."""
+    x = np.zeros((256, 3, 80, 80), np.float32)  # 20 MB
+    x[:, 0, 0, 0] = np.arange(256)
+    np.savez_compressed(tmp_path / "a.npz", x=x)
+    graph = twin(IMAGE.replace("4", "80"))
+    tracemalloc.start()
+    try:
+        calibration = load_calibration(tmp_path / "a.npz", graph, samples=samples)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    held = x.nbytes // 256 * calibration.samples
+    assert held <= peak < held + 16e6
+    taken = np.concatenate([feed["x"][:, 0, 0, 0] for feed in calibration.batches(100)])
+    order = np.random.default_rng(0).permutation(256)[:samples] if samples else np.arange(256)
+    np.testing.assert_array_equal(taken, order)
+
+
 def test_survives_pickling(image: Graph, tmp_path: Path) -> None:
     """Trials may run in other processes."""
     np.save(tmp_path / "a.npy", numbers(3, 4, 4))
@@ -272,6 +293,26 @@ def test_feeds_of_different_lengths(text: Graph) -> None:
     rows = [(int(row[0]), len(row)) for feed in some.batches(4) for row in feed["ids"]]
     assert rows == [(label // 2, lengths[label // 2]) for label in some.labels.tolist()]
     assert all((feed["mask"] == -feed["ids"]).all() for feed in some.batches(4))
+
+
+def test_inputs_of_another_count() -> None:
+    """Images beside a fixed set of texts: the model says that they are different things, by name."""
+    net = """g (float[{0}, 3] image, float[{1}, 3] text) => (float[{0}, {1}] out) {{
+        t = Transpose(text)
+        out = MatMul(image, t)
+    }}"""
+    arrays = {"image": numbers(9, 3), "text": numbers(2, 3)}
+    with pytest.warns(UserWarning, match="'text' is given once"):
+        calibration = load_calibration(arrays, twin(net.format("images_batch", "texts_batch")))
+    assert [{name: len(array) for name, array in feed.items()} for feed in calibration.batches(5)] == [
+        {"image": 5, "text": 2},
+        {"image": 4, "text": 2},
+    ]
+    refused(
+        twin(net.format("unk__1", "unk__2")),
+        arrays,
+        "different numbers of samples: 'image' 9, 'text' 2 along axis 0",
+    )
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------

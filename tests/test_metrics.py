@@ -308,6 +308,14 @@ def test_evaluate_samples_of_different_lengths() -> None:
     assert COSINE(outputs, outputs, None) == pytest.approx(1)
 
 
+def test_evaluate_time_first() -> None:
+    """Samples lie along axis 1 of what many text recognisers put out."""
+    text = "g (float[N, T, 2] x) => (float[T, N, 2] out) { out = Transpose<perm = [1, 0, 2]>(x) }"
+    x = normal(5, 4, 2)
+    outputs = evaluate(model_bytes(text), load_calibration(x, twin(text)), batch=2)
+    np.testing.assert_array_equal(outputs["out"], x)
+
+
 def test_evaluate_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     w = normal(3, 2)
     calibration = Calibration({"x": normal(9, 3)}, {"scale": np.array(1, np.float32)})
