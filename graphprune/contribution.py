@@ -101,13 +101,13 @@ class Reading:
         inert = self.zero
         for labels in self.passing:
             inert = inert | dead[labels]
-        return _where(self.labels, ~inert), {}
+        return labels_where(self.labels, ~inert), {}
 
     def add_strength(self, strength: Floats) -> None:
         """It carries nothing."""
 
 
-def _where(labels: Labels, chosen: Bools) -> Labels:
+def labels_where(labels: Labels, chosen: Bools) -> Labels:
     """Labels that stand where an array holds that broadcasts with them; no label is none of them."""
     shape = np.broadcast_shapes(labels.shape, chosen.shape)
     # Only axes on which the labels depend matter: any element along the others will do.
@@ -298,7 +298,7 @@ class Contraction:
         differs = np.asarray(~np.isnan(low) & (low != high))
         for labels in self._labels[side]:
             reason = f"its constant at {self.op.name!r} is not the same everywhere"
-            why.update((label, reason) for label in _where(labels, differs).tolist())
+            why.update((label, reason) for label in labels_where(labels, differs).tolist())
         return uniform, why
 
     # -- what is needed ----------------------------------------------------------------------------------------------
@@ -329,7 +329,7 @@ class Contraction:
         movable = self._movable()
         for side in range(2):
             inert = self._zero[side] | self._void(side, dead) | movable
-            found += [_where(labels, ~inert) for labels in self._labels[side]]
+            found += [labels_where(labels, ~inert) for labels in self._labels[side]]
         live = np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *found]))
         return live, {label: self._why[label] for label in live.tolist() if label in self._why}
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.analysis import Analysis
-from graphprune.contribution import Contraction, Reading, Step
+from graphprune.contribution import Contraction, Reading, Step, labels_where
 from graphprune.errors import PlanError
 from graphprune.graph import Tensor
 from graphprune.groups import Group
@@ -64,6 +64,7 @@ def find_dead(analysis: Analysis, groups: Sequence[Group], intervals: Intervals)
 class _Search:
     def __init__(self, analysis: Analysis, groups: Sequence[Group], intervals: Intervals) -> None:
         self._analysis = analysis
+        self._intervals = intervals
         self._groups = [group for group in groups if not group.frozen and not group.statistical]
         self._dead: Bools = np.zeros(len(analysis.atoms), dtype=bool)
         for group in self._groups:
@@ -83,7 +84,39 @@ class _Search:
         self._settle()
         while self._balance() or self._carry() or self._mend():
             self._settle()
+        self._explain()
         return Dead(np.flatnonzero(self._dead).astype(np.int32), self._stayed, self._steps)
+
+    def _explain(self) -> None:
+        """Say where a constant ends that nothing could be done about: at borders, or among other elements."""
+        free = np.zeros_like(self._dead)
+        for group in self._groups:
+            free[group.labels] = True
+        for op in self._analysis.graph.ops:
+            inputs = [t for t in op.inputs if t is not None and not t.constant and t.shape is not None]
+            outputs = [t for t in op.outputs if t is not None and not t.constant and t.shape is not None]
+            before = [label for tensor in inputs for label in self._fixed(tensor, free)]
+            if before:
+                after = {label for tensor in outputs for label in self._fixed(tensor, free)}
+                there = np.zeros_like(self._dead)
+                for tensor in outputs:
+                    there |= self._labels_on(tensor)
+                for label in before:
+                    if label not in after and there[label] and not self._dead[label]:
+                        self._stayed.setdefault(label, f"its constant does not stay one past {op.name!r}")
+
+    def _fixed(self, tensor: Tensor, free: Bools) -> list[int]:
+        """Free labels that bear nothing but constants, other than zero, in a tensor."""
+        part = self._intervals.of(tensor)
+        if not part.fixed.any():
+            return []
+        found: list[int] = []
+        for labels in self._analysis.labellings(tensor):
+            if free[labels].any():
+                loose = set(labels_where(labels, ~part.fixed).tolist())
+                held = set(labels_where(labels, part.fixed & ~part.zero).tolist())
+                found += [label for label in held - loose if free[label]]
+        return found
 
     def _settle(self) -> None:
         """Labels live where an op needs them, until nothing changes; what lives late makes earlier labels live."""

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.flow import Operand, SignatureFlow
-from graphprune.intervals.bounds import Bounds, Floats, along, bounds, slack, unknown
+from graphprune.graph import Tensor
+from graphprune.intervals.bounds import Bounds, Floats, along, bounds, slack, unknown, widened
 from graphprune.intervals.elementwise import added, multiplied
 from graphprune.intervals.registry import Found, Site, rule
 from graphprune.signature import View
@@ -27,6 +28,8 @@ from graphprune.signature import View
 CHUNK = 1 << 22
 #: Roundings beside those of the sum: of a scale, of a narrower sum's conversion.
 EXTRA_TERMS = 4
+#: Units of precision by which the sum of a Softmax may miss one.
+SHARE_UNITS = 32
 
 
 @dataclass(frozen=True)
@@ -269,7 +272,10 @@ def product(site: Site, kind: Product) -> Bounds | None:
     summed = [f for f in dict.fromkeys((*factors[0], *factors[1])) if f not in out.factors]
     terms = prod(sizes[f] for f in summed) + EXTRA_TERMS
     constant = next((i for i in (1, 0) if contents[i] is not None), None)
-    if constant is None:
+    mixed = _mixture(site, kind, parts, factors, summed, terms) if constant is None else None
+    if mixed is not None:
+        found, result = mixed, tuple(f for f in factors[kind.right] if f not in summed)
+    elif constant is None:
         a, b = (_full(p, f, summed, sizes) for p, f in zip(parts, factors, strict=True))
         found, result = _of_both(a, factors[0], b, factors[1], out.factors, site.eps, terms)
     else:
@@ -288,6 +294,39 @@ def product(site: Site, kind: Product) -> Bounds | None:
         return unknown(site.rank(), finite=False)
     lo, hi, value = (join_axes(array, result, out, flow) for array in (found.lo, found.hi, found.value))
     return bounds(lo, hi, value)
+
+
+def _mixture(
+    site: Site,
+    kind: Product,
+    parts: list[Bounds],
+    factors: list[tuple[str, ...]],
+    summed: Sequence[str],
+    terms: int,
+) -> Bounds | None:
+    """Shares of one times elements: what comes out lies between the elements. None where they are no shares of one."""
+    if (
+        (kind.left, kind.right) != (0, 1)
+        or list(summed) != [factors[0][-1]]
+        or not sums_to_one(site.tensor(0))
+    ):
+        return None
+    axis = factors[1].index(summed[0])
+    elements = along(parts[1], [axis])
+    elements = elements.reshape([size for i, size in enumerate(elements.lo.shape) if i != axis])
+    lo, hi = widened(elements.lo, elements.hi, site.eps, terms + SHARE_UNITS)
+    return Bounds(lo, hi, elements.value, elements.finite)
+
+
+def sums_to_one(tensor: Tensor | None) -> bool:
+    """True for the result of a Softmax over the last axis."""
+    op = tensor.producer if tensor is not None else None
+    while op is not None and op.kind in ("Identity", "Dropout") and op.inputs[0] is not None:
+        op = op.inputs[0].producer
+    if op is None or op.kind != "Softmax" or op.inputs[0] is None or op.inputs[0].shape is None:
+        return False
+    axis = int(op.attributes.get("axis", -1 if op.version >= 13 else 1))
+    return axis in (-1, len(op.inputs[0].shape) - 1)
 
 
 def _of(view: View | None) -> tuple[str, ...]:
