@@ -63,12 +63,12 @@ TARGETS = {
 BEST = "obs"
 #: Rivals: tool, score, reach, and the networks they take.
 RIVALS = [
+    ("onnxsim", "magnitude", "uniform", tuple(TASKS)),
+    ("onnxsim", "wanda", "uniform", tuple(TASKS)),
     ("torch-pruning", "magnitude", "uniform", ("resnet56", "resnet20")),
     ("torch-pruning", "taylor", "uniform", ("resnet56", "resnet20")),
     ("torch-pruning", "magnitude", "global", ("resnet56", "resnet20")),
     ("torch-pruning", "taylor", "global", ("resnet56", "resnet20")),
-    ("onnxsim", "magnitude", "uniform", tuple(TASKS)),
-    ("onnxsim", "wanda", "uniform", tuple(TASKS)),
 ]
 #: Highest ratio tried: torch-pruning skips a layer of 16 channels where fewer than one would stay.
 HIGHEST = 0.93
@@ -110,6 +110,7 @@ class Settings:
     seed: int
     only: str
     resume: bool
+    retry: bool
 
 
 # --------------------------------------------------------------------------------------------------------- order
@@ -311,8 +312,9 @@ class Ledger:
 
     def wants(self, key: str) -> bool:
         """Whether a cell is asked for and not there yet."""
-        done = self._settings.resume and "error" not in self._cells.get(key, {"error": ""})
-        return fnmatch.fnmatch(key, self._settings.only) and not done
+        cell = self._cells.get(key)
+        kept = self._settings.resume and cell is not None and not (self._settings.retry and "error" in cell)
+        return fnmatch.fnmatch(key, self._settings.only) and not kept
 
     @contextmanager
     def cell(self, key: str) -> Iterator[Result]:
@@ -518,6 +520,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--only", default="*", help="glob on cells, such as 'resnet56/*/obs/*/0.7'")
     parser.add_argument("--resume", action="store_true", help="keep the cells that are measured")
+    parser.add_argument("--retry", action="store_true", help="with --resume: but not those that failed")
     parser.add_argument("--quick", type=int, metavar="N", help="judge on the first N inputs only")
     parser.add_argument("--threads", type=int, default=2, help="of ONNX Runtime where accuracy is measured")
     parser.add_argument("--seed", type=int, default=0)
@@ -539,6 +542,7 @@ def main() -> None:
         options.seed,
         options.only,
         options.resume,
+        options.retry,
     )
     # Without folders: where the environments lie is nobody's business.
     words = [Path(word).name if "/" in word and "*" not in word else word for word in sys.argv]
