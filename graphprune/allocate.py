@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from graphprune.costs import CostModel
-from graphprune.errors import OptionError
+from graphprune.errors import BudgetError
 from graphprune.groups import Group
 from graphprune.kernels.knapsack import knapsack
 from graphprune.scope import allowed_counts, keep_counts
@@ -28,10 +28,6 @@ ROUNDS = 16
 CLOSE = 0.01
 #: The ratio that meets a budget is found to one part in two to this power.
 BISECTIONS = 20
-
-
-class BudgetError(OptionError):
-    """A budget below what can be reached."""
 
 
 def levels_of(group: Group, round_to: int | None, keep_at_least: float) -> list[int]:
@@ -70,7 +66,9 @@ def allocate(groups: Sequence[Group], curves: Sequence[Curve], cost: CostModel, 
     spend = budget  # what the linearised costs may come to so that the true ones come to the budget
     for number in range(ROUNDS):
         saved = [np.asarray(cost.saving(curve.index, curve.kept, kept)) for curve in curves]
-        now = sum(each[curve.kept.index(kept[curve.index])] for curve, each in zip(curves, saved, strict=True))
+        now = sum(
+            each[curve.kept.index(kept[curve.index])] for curve, each in zip(curves, saved, strict=True)
+        )
         try:
             picks = knapsack([-each for each in saved], errors, spend - cost.total(kept) - now)
         except ValueError:  # seen from here, nothing reaches so far: costs are smaller near the least

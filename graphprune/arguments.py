@@ -20,10 +20,14 @@ examples:
   graphprune model.onnx --channels 0.5 --exclude 'head*' -o small.onnx
   graphprune model.onnx --channels-for 'layer4*=0.6' --round-to 16 --plan-out plan.json
   graphprune model.onnx --plan plan.json                  carry out a plan made before
+  graphprune model.onnx --macs 0.5 --calib inputs.npz     half the arithmetic, spread where it hurts least, repaired
+  graphprune model.onnx --max-drop 0.01 --calib labelled.npz
+  graphprune masked.onnx --dead                           make a masked network small, exactly
   graphprune inspect model.onnx                           the coupling groups, and why some are frozen
   graphprune inspect model.onnx --why conv1.weight conv2.weight
 
-exit codes: 0 done; 1 the result failed its verification, nothing was written; 2 bad input, nothing was written
+exit codes: 0 done; 1 the result failed its verification, or a budget cannot be reached: nothing was written;
+2 bad input, nothing was written
 """
 
 
@@ -68,7 +72,8 @@ def _common(parser: argparse.ArgumentParser) -> None:
 def _prune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="graphprune",
-        usage="graphprune MODEL --channels RATIO [options]\n       graphprune inspect MODEL [options]",
+        usage="graphprune MODEL (--channels RATIO | --macs FRACTION | ...) [options]\n"
+        "       graphprune inspect MODEL [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,26 +121,112 @@ def _prune_parser() -> argparse.ArgumentParser:
         help="what stays of a group is a multiple of N (default: 8 for groups of 32 and more; 1: any number)",
     )
     what.add_argument(
-        "--score", default="l2", metavar="NAME", help="l2 (default), l1 or random: the least go first"
+        "--dead",
+        action="store_true",
+        help="first remove, exactly, what contributes nothing (alone: only that)",
+    )
+    what.add_argument(
+        "--blocks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="first remove the N residual branches that matter least",
     )
     what.add_argument("--plan", type=Path, metavar="FILE", help="carry out this plan instead of choosing")
+    _budget_arguments(parser)
+    _measure_arguments(parser)
     out = parser.add_argument_group("what is written")
     out.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: MODEL.pruned.onnx beside MODEL"
     )
     out.add_argument("--plan-out", type=Path, metavar="FILE", help="also write the plan, as JSON")
     check = parser.add_argument_group("verification")
-    check.add_argument(
-        "--calib",
-        type=Path,
-        metavar="FILE",
-        help="verify on these inputs: an .npz with an array for each input",
-    )
     check.add_argument("--no-verify", action="store_true", help="do not compare with the masked original")
     check.add_argument(
         "--seed", type=_seed, default=0, metavar="N", help="for random inputs and scores (default: 0)"
     )
     return parser
+
+
+def _budget_arguments(parser: argparse.ArgumentParser) -> None:
+    budget = parser.add_argument_group(
+        "budgets", "instead of --channels; fractions are what to keep, and are spread where it hurts least"
+    )
+    for flag, what in (
+        ("--macs", "multiply-accumulates"),
+        ("--params", "parameters"),
+        ("--latency", "time in ONNX Runtime on this machine, measured"),
+        ("--energy", "energy, by a model of memory traffic and arithmetic"),
+    ):
+        budget.add_argument(flag, type=float, metavar="FRACTION", help=f"{what} to keep, such as 0.5")
+    budget.add_argument("--size", metavar="BYTES", help="the file's size at most, such as 5MB")
+    budget.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="D",
+        help="remove as much as keeps the metric within D of the original's (needs inputs)",
+    )
+    budget.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="top1 (needs labels), agreement, cosine, or a Python function as module:function",
+    )
+    budget.add_argument(
+        "--metric-data",
+        type=Path,
+        metavar="FILE",
+        help="inputs to judge on (default: a quarter of --calib, held out)",
+    )
+    budget.add_argument(
+        "--scope",
+        metavar="NAME",
+        help="how a ratio or budget is spread: local, global, isomorphic, allocated"
+        " (default: local for ratios, allocated for budgets)",
+    )
+    budget.add_argument(
+        "--keep-at-least",
+        type=float,
+        default=0.1,
+        metavar="FRACTION",
+        help="what every group keeps in any case (default: 0.1)",
+    )
+    budget.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="trials of --max-drop that run at once (default: 1)"
+    )
+
+
+def _measure_arguments(parser: argparse.ArgumentParser) -> None:
+    measure = parser.add_argument_group("calibration, scores, repair")
+    measure.add_argument(
+        "--calib",
+        type=Path,
+        metavar="PATH",
+        help="inputs to measure, repair and verify on: an .npz (an array for each input; 'labels' are labels),"
+        " an .npy, or a folder of images or .npy files",
+    )
+    measure.add_argument(
+        "--preprocess",
+        metavar="SPEC",
+        help="makes inputs of images: imagenet, a .json file, or 'mean=...;std=...;size=HxW;layout=nchw'",
+    )
+    measure.add_argument(
+        "--score",
+        metavar="NAME",
+        help="what goes first: l1, l2, linf, random, bn-scale, fpgm, lamp; with --calib mean-abs, variance, apoz,"
+        " wanda, thinet, lasso, obs, taylor, fisher, obd (default: obs with --calib, else l2)",
+    )
+    measure.add_argument(
+        "--repair",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="refit what reads a cut (default: with --calib)",
+    )
+    measure.add_argument(
+        "--sensitivity",
+        type=Path,
+        metavar="FILE",
+        help="also measure each group's curve of error against size, print it and save it as JSON",
+    )
 
 
 def _inspect_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import networkx
@@ -58,6 +58,10 @@ class Request:
                 )
         if self.round_to is not None and self.round_to < 1:
             raise OptionError(f"round_to is {self.round_to}; give a positive number (1 turns rounding off)")
+
+    def with_channels(self, ratio: float) -> Request:
+        """The same request for another ratio."""
+        return replace(self, channels=ratio)
 
 
 def names_of(analysis: Analysis, groups: Sequence[Group], *, makers: bool = False) -> list[set[str]]:

@@ -14,21 +14,19 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from graphprune.arguments import parse
-from graphprune.errors import GraphPruneError, OptionError, PlanError, VerificationError
+from graphprune.errors import BudgetError, GraphPruneError, OptionError, PlanError, VerificationError
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from graphprune.choose import Request
-    from graphprune.display import Steps
     from graphprune.network import Pruned
+    from graphprune.search import Drop
+    from graphprune.settings import Settings
 
 #: Exit codes. An interrupted command ends with 128 + the signal's number, as shells have it.
 OK, FAILED, BAD_INPUT, BUG = 0, 1, 2, 70
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What stands behind the program's name; ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit code: 0, 1 (verification failed), 2 (bad input), 130 (interrupted).
+        The exit code: 0, 1 (verification failed, or a budget out of reach), 2 (bad input), 130 (interrupted).
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -51,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except GraphPruneError as error:
-        return _fail(str(error), FAILED if isinstance(error, VerificationError) else BAD_INPUT)
+        return _fail(str(error), FAILED if isinstance(error, VerificationError | BudgetError) else BAD_INPUT)
     except BrokenPipeError:
         # Whoever read us has seen enough. The interpreter would complain once more when it closes stdout.
         with suppress(OSError):
@@ -119,19 +117,35 @@ def _same_file(a: Path, b: Path) -> bool:
         return False
 
 
-def _request(options: argparse.Namespace) -> Request:
-    given = options.channels is not None or options.channels_for or options.include or options.exclude
-    if options.plan is not None and given:
-        raise OptionError(
-            "--plan says what goes; leave out --channels, --channels-for, --include and --exclude"
-        )
-    if options.plan is None and options.channels is None and not options.channels_for:
-        raise OptionError(
-            "say what to remove: --channels RATIO (such as 0.3), --channels-for GLOB=RATIO, or --plan FILE"
-        )
+def _settings(options: argparse.Namespace) -> Settings:
+    from graphprune.budget import only_budget
     from graphprune.choose import Request
+    from graphprune.settings import Settings
 
-    return Request(
+    budget = only_budget(
+        {kind: getattr(options, kind) for kind in ("macs", "params", "size", "latency", "energy")}
+    )
+    ratio = options.channels is not None or bool(options.channels_for)
+    ways = [
+        name
+        for name, given in (
+            ("--channels", ratio),
+            ("a budget", budget is not None),
+            ("--max-drop", options.max_drop is not None),
+            ("--plan", options.plan is not None),
+        )
+        if given
+    ]
+    if len(ways) > 1:
+        raise OptionError(f"{' and '.join(ways)} exclude each other; give one")
+    if options.plan is not None and (options.include or options.exclude):
+        raise OptionError("--plan says what goes; leave out --include and --exclude")
+    if not ways and not options.dead and not options.blocks:
+        raise OptionError(
+            "say what to remove: --channels RATIO (such as 0.3), --channels-for GLOB=RATIO, a budget such as --macs"
+            " 0.5, --max-drop, --dead, --blocks N, or --plan FILE"
+        )
+    request = Request(
         options.channels or 0.0,
         options.round_to,
         options.residual,
@@ -139,29 +153,39 @@ def _request(options: argparse.Namespace) -> Request:
         options.exclude,
         dict(options.channels_for),
     )
+    from graphprune.plan import Plan
+    from graphprune.scores import find_score
 
-
-def _calibration(path: Path | None) -> Mapping[str, np.ndarray[Any, Any]] | None:
-    """The arrays of an .npz file."""
-    if path is None:
-        return None
-    import zipfile
-
-    import numpy as np
-
-    try:
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.lib.npyio.NpzFile):
-            with arrays:
-                return {name: arrays[name] for name in arrays.files}
-        problem = "it holds one array without a name"
-    except OSError as error:
-        problem = str(error)
-    except (ValueError, EOFError, zipfile.BadZipFile):
-        problem = "it is no .npz file of plain arrays"
-    raise OptionError(
-        f"cannot read --calib {str(path)!r}: {problem}; make it with numpy.savez(FILE, INPUT=array, ...)"
+    if options.score is not None:
+        find_score(options.score)
+    return Settings(
+        request,
+        budget,
+        options.score,
+        options.scope,
+        options.keep_at_least,
+        Plan.load(options.plan) if options.plan is not None else None,
+        options.repair,
+        options.dead,
+        options.blocks,
+        _input_shapes(options),
+        options.seed,
     )
+
+
+def _drop(options: argparse.Namespace) -> Drop | None:
+    if options.max_drop is None:
+        if options.metric is not None or options.metric_data is not None:
+            raise OptionError("--metric and --metric-data judge trials of --max-drop, which is missing")
+        return None
+    from graphprune.metrics import find_metric
+    from graphprune.search import Drop
+
+    if options.calib is None and options.metric_data is None:
+        raise OptionError("--max-drop is judged on inputs: give some with --calib or --metric-data")
+    if options.metric is not None:
+        find_metric(options.metric)
+    return Drop(options.max_drop, options.metric, options.jobs)
 
 
 # -- verbs ------------------------------------------------------------------------------------------------------
@@ -169,55 +193,49 @@ def _calibration(path: Path | None) -> Mapping[str, np.ndarray[Any, Any]] | None
 
 def _prune(options: argparse.Namespace) -> int:
     target = _output_path(options)
-    request = _request(options)
-    shapes = _input_shapes(options)
     start = perf_counter()
     from graphprune.display import Steps
 
     with Steps(quiet=options.quiet) as steps:
         steps("imports")
         from graphprune.model import as_ir, staged
-        from graphprune.pipeline import prune_ir
-        from graphprune.plan import Plan
+        from graphprune.pipeline import Pruning, finish
+        from graphprune.preprocess import Preprocess
 
-        plan = Plan.load(options.plan) if options.plan is not None else None
-        calibration = _calibration(options.calib)
+        settings, drop = _settings(options), _drop(options)
+        preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None
         steps("loading")
         source, _ = as_ir(options.model)
-        pruned = prune_ir(
+        pruning = Pruning(
             source,
-            request,
-            score=options.score,
-            plan=plan,
-            input_shapes=shapes,
-            seed=options.seed,
+            settings,
+            calibration=options.calib,
+            preprocess=preprocess,
+            verify=not options.no_verify,
             progress=steps,
         )
+        pruned = finish(pruning, drop, options.metric_data)
+        curves = pruning.selection.curves if options.sensitivity is not None else None
         steps("writing")
         with staged(pruned.model, target, sources=[options.model]) as file:
             pruned.report.bytes_after = file.size
             if not options.no_verify:
-                _verify(pruned, calibration, options.seed, file.path, steps)
+                pruning.check(pruned, file.path)
+            steps("writing")
             with _beside(options.plan_out, pruned) as commit_plan:
                 file.commit()
                 commit_plan()
+        if curves is not None:
+            from graphprune.sensitivity import save_curves
+
+            save_curves(curves, pruning.network.groups, options.sensitivity)
     pruned.report.seconds = {**steps.seconds, "total": perf_counter() - start}
     _print_report(options, pruned, target)
+    if curves is not None and not (options.quiet or options.json):
+        from graphprune import display
+
+        display.print_curves(curves, pruning.network.groups)
     return OK
-
-
-def _verify(
-    pruned: Pruned,
-    calibration: Mapping[str, np.ndarray[Any, Any]] | None,
-    seed: int,
-    path: Path,
-    steps: Steps,
-) -> None:
-    steps("verification")
-    from graphprune.verify import verify
-
-    verify(pruned, calibration=calibration, seed=seed, path=path)
-    steps("writing")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from graphprune.groups import Group
     from graphprune.network import Network
     from graphprune.plan import Plan
+    from graphprune.sensitivity import Curve
 
 #: Where stderr is no terminal, steps are named after this many seconds.
 PATIENCE = 2.0
@@ -85,6 +86,12 @@ class Steps:
             elif self._late:
                 self._say(step)
 
+    def part(self, step: str, done: int, total: int) -> None:
+        """Say how far a step is, on a terminal."""
+        with self._lock:
+            if self._status is not None and total:
+                self._status.update(f"{self._step}: {step} {done}/{total} ...")
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -112,6 +119,25 @@ class Steps:
     def _say(step: str) -> None:
         with suppress(OSError):  # nobody may be reading it
             print(f"graphprune: {step} ...", file=sys.stderr, flush=True)
+
+
+def print_curves(curves: Sequence[Curve], groups: Sequence[Group]) -> None:
+    """Each group's error where so much of it is kept, one row a group."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim")
+    for heading in ("group", "size", "error at the fraction kept"):
+        table.add_column(heading, justify="right" if heading == "size" else "left", no_wrap=True)
+    for curve in curves:
+        group = groups[curve.index]
+        points = [
+            f"{kept / group.unit:.2f}: {error:.2g}"
+            for kept, error in zip(curve.kept, curve.errors, strict=True)
+        ]
+        table.add_row(
+            escape(curve.group),
+            str(group.size),
+            "  ".join(points) + ("" if curve.measured else "  (by score)"),
+        )
+    _show(table)
 
 
 def print_json(data: dict[str, Any]) -> None:

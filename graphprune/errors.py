@@ -27,6 +27,10 @@ class NothingToPruneError(GraphPruneError):
     """No coupling group is free, or the request removes nothing."""
 
 
+class BudgetError(GraphPruneError):
+    """A budget is below what can be reached; the message says what can."""
+
+
 class RuleError(GraphPruneError):
     """An op rule is malformed or contradicts the op's tensors."""
 

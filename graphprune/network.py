@@ -16,6 +16,8 @@ from graphprune.rewrite import Edits
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from graphprune.calibration import Calibration
+
 
 @dataclass
 class Network:
@@ -51,6 +53,7 @@ class Pruned:
         report: Everything known so far.
         node_of: The original's node for each op of the twin.
         edits: What rewriting did to each node of ``model``.
+        calibration: The inputs that served to measure and repair; None where there were none.
     """
 
     original: ir.Model
@@ -60,3 +63,4 @@ class Pruned:
     report: Report
     node_of: dict[Op, ir.Node]
     edits: dict[ir.Node, Edits]
+    calibration: Calibration | None = None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from graphprune.analysis import Analysis
-from graphprune.choose import Request, choose, cuttable, keep_count
+from graphprune.budget import Budget, only_budget
+from graphprune.calibration import Calibration, load_calibration
+from graphprune.choose import Request
 from graphprune.cost import macs, parameters
-from graphprune.errors import ModelError, NothingToPruneError
+from graphprune.errors import ModelError, NothingToPruneError, OptionError
 from graphprune.graph import Op
 from graphprune.groups import find_groups
 from graphprune.model import as_ir, copy, file_size
@@ -22,11 +22,17 @@ from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
-from graphprune.scores import Evidence, find_score
+from graphprune.selection import Selection
+from graphprune.settings import Settings
 from graphprune.twin import build_twin
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     import onnx_ir as ir
+
+    from graphprune.preprocess import Preprocess
+    from graphprune.search import Drop
 
 Model = TypeVar("Model")
 Progress = Callable[[str], None]
@@ -67,70 +73,252 @@ def _timed(seconds: dict[str, float], step: str, progress: Progress | None) -> I
         seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
 
 
-def prune_ir(
-    original: ir.Model,
-    request: Request,
-    *,
-    score: str = "l2",
-    plan: Plan | None = None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Pruned:
-    """Prune a copy of ``original``; nothing is verified yet.
+class Pruning:
+    """A model on its way: what comes before the cut is done once, cuts can be tried any number of times."""
+
+    def __init__(
+        self,
+        original: ir.Model,
+        settings: Settings,
+        *,
+        calibration: object = None,
+        preprocess: Preprocess | None = None,
+        verify: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        """Remove what is dead, and blocks; analyse what is left.
+
+        Args:
+            original: The model; not changed.
+            settings: What to do.
+            calibration: Inputs, in any form that :func:`graphprune.calibration.load_calibration` takes.
+            preprocess: What makes inputs of images.
+            verify: Compare what exact passes made with what they were given.
+            progress: Called with the name of each step.
+        """
+        self.original = original
+        self.settings = settings
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._progress = progress
+        self.verifies = verify
+        self._preprocess = preprocess
+        base = original
+        loaded: Calibration | None = None
+        if calibration is not None:
+            with self._timed("calibration inputs"):
+                graph = build_twin(original, settings.input_shapes)
+                loaded = load_calibration(calibration, graph, preprocess=preprocess, seed=settings.seed)
+        self.calibration = loaded
+        if settings.dead:
+            base = self._without_dead(base)
+        if settings.blocks:
+            base = self._without_blocks(base)
+        if base.functions and loaded is not None and settings.cuts:
+            # Statistics are taken inside of functions, and repaired weights differ from call to call.
+            base = _inline(base, {function.identifier() for function in base.functions.values()})
+        self.base = base
+        with self._timed("analysis"):
+            self.network = analyze_ir(copy(base), settings.input_shapes)
+        self.selection = Selection(self.network, settings, loaded, self._part)
+
+    def _timed(self, step: str) -> AbstractContextManager[None]:
+        return _timed(self.seconds, step, self._progress)
+
+    def _part(self, step: str, done: int, total: int) -> None:
+        part = getattr(self._progress, "part", None)
+        if part is not None:
+            part(step, done, total)
+
+    def _without_dead(self, base: ir.Model) -> ir.Model:
+        from graphprune.passes.remove_dead import remove_dead
+
+        work = copy(base)
+        with self._timed("dead positions"):
+            dead = remove_dead(
+                work, input_shapes=self.settings.input_shapes, verify=self.verifies, seed=self.settings.seed
+            )
+        removed = sum(dead.removed.values())
+        self.notes.append(
+            f"dead: {removed} positions of {len(dead.removed)} groups contributed nothing and are gone"
+        )
+        self.notes += [f"dead: {s.count} of {s.group} stay: {s.reason}" for s in dead.stayed]
+        return work
+
+    def _without_blocks(self, base: ir.Model) -> ir.Model:
+        from graphprune.passes.remove_blocks import remove_blocks
+
+        work = copy(base)
+        with self._timed("blocks"):
+            blocks = remove_blocks(
+                work,
+                self.settings.blocks,
+                calibration=self.calibration,
+                input_shapes=self.settings.input_shapes,
+                verify=self.verifies,
+                seed=self.settings.seed,
+            )
+        self.notes += [
+            f"block {block.name} is gone: it changed the stream by {block.score:.3g}"
+            for block in blocks.removed
+        ]
+        return work
+
+    @property
+    def repairs(self) -> bool:
+        """True if what reads a cut is to be refitted."""
+        if self.settings.repair is None:
+            return self.calibration is not None and self.settings.cuts
+        return self.settings.repair
+
+    def plan(self, budget: Budget | None = None) -> Plan:
+        """What to remove (see :meth:`Selection.plan`)."""
+        with self._timed("choice"):
+            return self.selection.plan(budget)
+
+    def cut(self, plan: Plan) -> Pruned:
+        """Carry a plan out on a copy; nothing is verified or repaired yet.
+
+        Raises:
+            NothingToPruneError: The plan removes nothing, and nothing else was asked for.
+        """
+        if not plan.cuts and not (self.settings.dead or self.settings.blocks):
+            raise NothingToPruneError(
+                "the request removes nothing: every free group would keep all it has; raise the ratio or lower round_to"
+            )
+        base = self.base
+        while True:
+            work = copy(base)
+            with self._timed("analysis"):
+                network = analyze_ir(work, self.settings.input_shapes)
+                made, masks = make_plan(network.analysis, network.groups, plan.removed_labels(network.groups))
+            with self._timed("rewriting"):
+                edits = collect(network.analysis, masks)
+                functions = functions_to_inline(network.analysis, masks, edits)
+            if not functions:
+                break
+            base = _inline(base, functions)
+        report = Report(
+            parameters_before=parameters(self.original),
+            parameters_after=0,
+            macs_before=self._macs_before(network),
+            macs_after=macs(network.analysis, lambda op: OpChange(op, network.analysis, masks).new_size),
+            groups=network.groups,
+            plan=made,
+            bytes_before=file_size(self.original),
+            input_shapes=network.input_shapes,
+            seconds=self.seconds,
+            notes=self.notes + [f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
+        )
+        reference, node_of = reference_of(network, self.settings.input_shapes)
+        with _timed(self.seconds, "rewriting", None):
+            Rewriter(network.analysis, masks).run(edits)
+            network.fills.join()
+        report.parameters_after = parameters(work)
+        report.bytes_after = file_size(work)
+        by_node = {node: edit for (_, node), edit in edits.items()}
+        return Pruned(reference, work, network, masks, report, node_of, by_node, self.calibration)
+
+    def _macs_before(self, network: Network) -> int:
+        if not (self.settings.dead or self.settings.blocks):
+            return macs(network.analysis)
+        return macs(Analysis(build_twin(copy(self.original), self.settings.input_shapes)))
+
+    def plan_for_latency(self, budget: Budget) -> Plan:
+        """The plan that brings the measured latency to a budget."""
+        from graphprune.search import plan_for_latency
+
+        with self._timed("search"):
+            plan, predicted, measured = plan_for_latency(self, budget)
+        self.notes.append(
+            f"latency: {measured:.3f} of the original's, measured in pairs of runs; the tables said {predicted:.3f}"
+        )
+        return plan
+
+    def plan_within(self, drop: Drop, data: object) -> Plan:
+        """The plan that removes most within a drop of accuracy; what is held out for judging serves nothing else."""
+        from graphprune.search import plan_within_drop, split
+
+        if data is not None:
+            judged_on = load_calibration(data, self.network.analysis.graph, preprocess=self._preprocess)
+        elif self.calibration is not None:
+            self.calibration, judged_on = split(self.calibration, self.settings.seed)
+            self.selection = Selection(self.network, self.settings, self.calibration, self._part)
+        else:
+            raise OptionError(
+                "a drop of accuracy is judged on inputs: give some with --calib or --metric-data"
+            )
+        with self._timed("search"):
+            plan, before, after = plan_within_drop(self, drop, judged_on)
+        self.notes.append(
+            f"metric: {after:.4g} after the cut, {before:.4g} before, on {judged_on.samples} samples that served nothing"
+            " else"
+        )
+        return plan
+
+    def verify(self, pruned: Pruned, path: Path | None = None) -> None:
+        """Compare a cut with the masked original."""
+        from graphprune.verify import verify
+
+        with self._timed("verification"):
+            verify(pruned, calibration=self.calibration, seed=self.settings.seed, path=path)
+
+    def check(self, pruned: Pruned, path: Path | None = None) -> None:
+        """Check what is about to be handed out: a cut against the masked original; a repaired model for soundness.
+
+        Args:
+            pruned: The result.
+            path: Its file, if it has been written already.
+        """
+        if pruned.report.repaired is None:
+            self.verify(pruned, path)
+            return
+        from graphprune.verify import verify_repaired
+
+        with self._timed("verification"):
+            verify_repaired(pruned, calibration=self.calibration, seed=self.settings.seed, path=path)
+
+    def repair(self, pruned: Pruned) -> None:
+        """Refit what reads a cut, in place; with inputs by least squares, without any by stored statistics."""
+        from graphprune.repair import repair
+
+        with self._timed("repair"):
+            if self.calibration is None:
+                return
+            done = repair(
+                pruned,
+                self.calibration,
+                seed=self.settings.seed,
+                progress=lambda count, total: self._part("repair", count, total),
+            )
+        pruned.report.repaired = done
+        pruned.report.notes += [f"{name} was not refitted: {reason}" for name, reason in done.skipped]
+
+
+def finish(pruning: Pruning, drop: Drop | None = None, metric_data: object = None) -> Pruned:
+    """Choose, cut, and repair; a cut that is repaired is verified before.
+
+    Args:
+        pruning: The model and its settings.
+        drop: The accuracy that may be lost, instead of a budget.
+        metric_data: Inputs to judge it on; a part of the calibration's by default.
 
     Raises:
         GraphPruneError: See :func:`prune`.
     """
-    seconds: dict[str, float] = {}
-    criterion = find_score(score)
-    base = original
-    while True:
-        work = copy(base)
-        with _timed(seconds, "analysis", progress):
-            network = analyze_ir(work, input_shapes)
-        with _timed(seconds, "choice", progress):
-            if plan is None:
-                scores = criterion(Evidence(network, seed=seed))
-                wanted = cuttable(network.analysis, network.groups, request)
-                kept = [
-                    None if ratio is None else keep_count(group, ratio, request.round_to)
-                    for group, ratio in zip(network.groups, wanted, strict=True)
-                ]
-                removed = choose(network.analysis, network.groups, scores, kept)
-            else:
-                removed = plan.removed_labels(network.groups)
-            made, masks = make_plan(network.analysis, network.groups, removed)
-        if not made.cuts:
-            raise NothingToPruneError(
-                "the request removes nothing: every free group would keep all it has; raise the ratio or lower round_to"
-            )
-        with _timed(seconds, "rewriting", progress):
-            edits = collect(network.analysis, masks)
-            functions = functions_to_inline(network.analysis, masks, edits)
-        if not functions:
-            break
-        base = _inline(base, functions)
-    report = Report(
-        parameters_before=parameters(original),
-        parameters_after=0,
-        macs_before=macs(network.analysis),
-        macs_after=macs(network.analysis, lambda op: OpChange(op, network.analysis, masks).new_size),
-        groups=network.groups,
-        plan=made,
-        bytes_before=file_size(original),
-        input_shapes=network.input_shapes,
-        seconds=seconds,
-        notes=[f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
-    )
-    reference, node_of = reference_of(network, input_shapes)
-    with _timed(seconds, "rewriting", None):
-        Rewriter(network.analysis, masks).run(edits)
-        network.fills.join()
-    report.parameters_after = parameters(work)
-    report.bytes_after = file_size(work)
-    by_node = {node: edit for (_, node), edit in edits.items()}
-    return Pruned(reference, work, network, masks, report, node_of, by_node)
+    budget = pruning.settings.budget
+    if drop is not None:
+        plan = pruning.plan_within(drop, metric_data)
+    elif budget is not None and budget.kind == "latency":
+        plan = pruning.plan_for_latency(budget)
+    else:
+        plan = pruning.plan()
+    pruned = pruning.cut(plan)
+    if pruning.repairs:
+        if pruning.verifies:
+            pruning.verify(pruned)
+        pruning.repair(pruned)
+    return pruned
 
 
 def reference_of(
@@ -193,46 +381,82 @@ def _inline_in_place(model: ir.Model, functions: set[tuple[str, str, str]]) -> N
 
 def prune(
     model: Model,
-    channels: float = 0.0,
+    channels: float | None = None,
     *,
+    macs: float | None = None,
+    params: float | None = None,
+    size: int | str | None = None,
+    latency: float | None = None,
+    energy: float | None = None,
+    max_drop: float | None = None,
+    metric: str | None = None,
+    metric_data: object = None,
+    score: str | None = None,
+    scope: str | None = None,
+    keep_at_least: float = 0.1,
+    calibration: object = None,
+    preprocess: Preprocess | str | None = None,
+    repair: bool | None = None,
+    dead: bool = False,
+    blocks: int = 0,
+    jobs: int = 1,
+    executor: Executor | None = None,
     round_to: int | None = None,
     residual: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     channels_for: Mapping[str, float] | None = None,
-    score: str = "l2",
     plan: Plan | None = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    calibration: Mapping[str, np.ndarray[Any, Any]] | str | Path | None = None,
     verify: bool = True,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Any, Report]:
     """Remove channels, filters, heads and hidden units from a model, with everything that is coupled to them.
 
+    Give one of ``channels`` (or ``channels_for``), a budget, ``max_drop`` or ``plan``; ``dead`` and ``blocks`` go
+    before, or alone.
+
     Args:
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or a graphsurgeon Graph; not changed.
         channels: Fraction of every free group to remove, at least 0 and below 1.
+        macs, params, latency, energy: The fraction to keep of multiply-accumulates, parameters, the time in ONNX
+            Runtime on this machine, modelled energy.
+        size: The file's size at most: bytes, or text such as ``"5MB"``.
+        max_drop: Remove as much as keeps the metric within this of the original's.
+        metric: ``top1`` (needs labels), ``agreement``, ``cosine``, or a Python function as ``module:function``.
+        metric_data: Inputs to judge on, in any form of ``calibration``; by default a quarter of those is held out.
+        score: What goes first: a name of :data:`graphprune.scores.SCORES`; by default ``obs`` with ``calibration``,
+            ``l2`` without.
+        scope: How a ratio or budget is spread over groups: ``local``, ``global``, ``isomorphic`` or ``allocated``.
+        keep_at_least: The fraction that every group keeps.
+        calibration: Inputs, as a path (.npz, .npy, a folder of images), arrays by input name, an iterable of feeds, or
+            a :class:`graphprune.calibration.Calibration`. Scores, curves and repair are measured on them.
+        preprocess: What makes inputs of images: a :class:`graphprune.preprocess.Preprocess` or its text.
+        repair: Refit what reads a cut; by default with ``calibration``.
+        dead: First remove, exactly, what contributes nothing.
+        blocks: First remove so many residual branches.
+        jobs: Trials of ``max_drop`` that run at once.
+        executor: Runs those trials: anything with the interface of :class:`concurrent.futures.Executor`.
         round_to: What stays of each group is a multiple of this; None: of 8 in groups of 32 and more; 1: no rounding.
         residual: Also cut groups whose removal changes a statistic (the stream through LayerNorm).
         include, exclude: Globs on node and tensor names.
         channels_for: Glob -> fraction for the groups that touch a matching node or tensor.
-        score: ``l2``, ``l1`` or ``random``.
         plan: Carry out this plan instead of choosing.
         input_shapes: Sizes for inputs with dynamic dimensions, by input name.
-        calibration: Inputs to verify on, by input name (arrays with a leading batch), or an .npz file of them;
-            random inputs otherwise.
-        verify: Compare the result with the masked original before returning it.
+        verify: Compare the cut with the masked original, before anything is repaired.
         seed: For random inputs and scores.
-        progress: Called with the name of each step.
+        progress: Called with the name of each step; its attribute ``part``, if it has one, with (step, done, total).
 
     Returns:
         The pruned model, of the same kind as ``model`` (an ``onnx_ir.Model`` for a path), and a report.
 
     Raises:
         ModelError: The model cannot be read or is invalid.
-        OptionError: An argument is out of range or matches nothing.
+        OptionError: An argument is out of range or matches nothing, or inputs do not fit.
         NothingToPruneError: No group is free, or nothing would be removed.
+        BudgetError: A budget is below what can be reached.
+        MetricError: The metric raises or returns no number.
         PlanError: A given plan does not fit the model.
         VerificationError: The result differs from the masked original; nothing is returned.
 
@@ -240,14 +464,39 @@ def prune(
         >>> import graphprune
         >>> small, report = graphprune.prune("model.onnx", channels=0.3)  # doctest: +SKIP
     """
-    request = Request(channels, round_to, residual, include, exclude, channels_for or {})
-    source, same_kind = as_ir(model)
-    pruned = prune_ir(
-        source, request, score=score, plan=plan, input_shapes=input_shapes, seed=seed, progress=progress
-    )
-    if verify:
-        from graphprune.verify import verify as check
+    from graphprune.preprocess import Preprocess as Steps
 
-        with _timed(pruned.report.seconds, "verification", progress):
-            check(pruned, calibration=calibration, seed=seed)
+    limits = {"macs": macs, "params": params, "size": size, "latency": latency, "energy": energy}
+    settings = Settings(
+        Request(channels or 0.0, round_to, residual, include, exclude, channels_for or {}),
+        only_budget(limits),
+        score,
+        scope,
+        keep_at_least,
+        plan,
+        repair,
+        dead,
+        blocks,
+        input_shapes,
+        seed,
+    )
+    source, same_kind = as_ir(model)
+    pruning = Pruning(
+        source,
+        settings,
+        calibration=calibration,
+        preprocess=Steps.parse(preprocess) if isinstance(preprocess, str) else preprocess,
+        verify=verify,
+        progress=progress,
+    )
+    drop = None if max_drop is None else _drop(max_drop, metric, jobs, executor)
+    pruned = finish(pruning, drop, metric_data)
+    if verify:
+        pruning.check(pruned)
     return same_kind(pruned.model), pruned.report
+
+
+def _drop(most: float, metric: str | None, jobs: int, executor: Executor | None) -> Drop:
+    from graphprune.search import Drop
+
+    return Drop(most, metric, jobs, executor)

@@ -67,6 +67,16 @@ class RepairReport:
     refitted: list[Refitted] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold."""
+        return {
+            "refitted": [
+                {"node": each.name, "error_before": each.before, "error_after": each.after}
+                for each in self.refitted
+            ],
+            "skipped": [{"node": name, "reason": reason} for name, reason in self.skipped],
+        }
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -92,7 +102,7 @@ class Repair:
         calibration: Calibration,
         *,
         damping: float = DAMPING,
-        everything: bool = True,
+        everything: bool = False,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -218,7 +228,8 @@ class Repair:
             fitted.append(new)
             shifts.append(shift)
         scale = errors[2] or 1.0
-        self.report.refitted.append(Refitted(contraction.op.name, errors[0] / scale, errors[1] / scale))
+        before_after = float(errors[0] / scale), float(errors[1] / scale)
+        self.report.refitted.append(Refitted(contraction.op.name, *before_after))
         new_weight = form.restore(np.stack(fitted) / form.scale, weight.shape).astype(weight.dtype)
         self._write(contraction, new_weight, np.stack(shifts), place)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graphprune.groups import Group
     from graphprune.plan import Plan
+    from graphprune.repair import RepairReport
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Report:
         max_error: Largest difference from the masked original, relative to the output's scale; None if not verified.
         output_change: Largest change of an output on random input against the original, relative to the output's
             scale; None if not measured.
+        repaired: What was refitted, layer by layer; None if nothing was.
         input_shapes: The sizes at which the network was analysed and compared.
         seconds: Wall time of each step.
         notes: Whatever the user should know.
@@ -38,6 +40,7 @@ class Report:
     bytes_after: int = 0
     max_error: float | None = None
     output_change: float | None = None
+    repaired: RepairReport | None = None
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -64,6 +67,7 @@ class Report:
             ],
             "max_error": self.max_error,
             "output_change": self.output_change,
+            "repaired": None if self.repaired is None else self.repaired.to_dict(),
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
             "seconds": self.seconds,
             "notes": self.notes,

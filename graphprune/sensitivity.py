@@ -9,8 +9,8 @@ layers), and what ``--sensitivity`` shows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,13 +52,6 @@ class Curve:
         return float(np.interp(-kept, [-k for k in self.kept], self.errors))
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """A group cut to one level: weights and shifts to run the rest of the network with."""
-
-    feeds: dict[str, Array] = field(default_factory=dict)
-
-
 def outputs_error(found: Sequence[Feeds], expected: Sequence[Feeds]) -> float:
     """Squared distance of real outputs relative to their variance over samples, averaged over outputs."""
     errors = []
@@ -97,7 +90,6 @@ class Sensitivity:
         """All curves, in the order of the groups."""
         network = self._evidence.network
         calibration = self._evidence.inputs("sensitivity").subset(SAMPLES)
-        trials: dict[int, list[tuple[list[GroupReader], dict[int, list[Array]], list[int]]]] = {}
         curves: dict[int, Curve] = {}
         with StagedRun(network.model, calibration.batches(BATCH)) as run:
             whole = run.rest()
@@ -218,7 +210,9 @@ def save_curves(curves: Sequence[Curve], groups: Sequence[Group], path: Path) ->
         }
         for curve in curves
     ]
-    path.write_text(json.dumps({"graphprune_sensitivity": 1, "groups": data}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"graphprune_sensitivity": 1, "groups": data}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def _node(reader: GroupReader) -> ir.Node:

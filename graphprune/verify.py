@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphprune.errors import OptionError, VerificationError
+from graphprune.errors import VerificationError
 from graphprune.graph import Graph, Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
@@ -21,6 +21,7 @@ from graphprune.model import copy, save
 if TYPE_CHECKING:
     import onnxruntime
 
+    from graphprune.calibration import Calibration
     from graphprune.network import Pruned
 
 Array = npt.NDArray[Any]
@@ -30,6 +31,8 @@ Feeds = dict[str, Array]
 TOLERANCE = 1e-4
 #: For narrower types the tolerance is this many units of their precision, where that is more.
 ULPS = 16
+#: Calibration samples that are compared on.
+SAMPLES = 8
 #: Ops whose result jumps: what enters them is compared where what leaves them differs.
 DISCONTINUOUS = frozenset(
     [
@@ -135,39 +138,11 @@ def _index_limit(tensor: Tensor) -> int:
     return max(limit or 2, 1)
 
 
-def load_feeds(graph: Graph, calibration: Mapping[str, Array] | str | Path) -> Feeds:
-    """Inputs that the user gives, checked against the model's.
-
-    Raises:
-        OptionError: The file cannot be read, or names, types or ranks do not fit.
-    """
-    if isinstance(calibration, str | Path):
-        try:
-            with np.load(calibration, allow_pickle=False) as archive:
-                given: Mapping[str, Array] = dict(archive) if hasattr(archive, "files") else {}
-        except (OSError, ValueError) as error:
-            raise OptionError(f"cannot read the inputs in {str(calibration)!r}: {error}") from error
-    else:
-        given = calibration
-    feeds: Feeds = {}
-    for tensor in graph.inputs:
-        if tensor.name not in given:
-            raise OptionError(
-                f"the inputs given lack {tensor.name!r}; they have {', '.join(given) or 'nothing'}"
-            )
-        array = np.asarray(given[tensor.name])
-        if tensor.dtype is not None and array.dtype != tensor.dtype.numpy():
-            raise OptionError(
-                f"input {tensor.name!r} must be {tensor.dtype.numpy()}, the one given is {array.dtype}"
-            )
-        if array.ndim != len(tensor.shape or ()):
-            raise OptionError(
-                f"input {tensor.name!r} has rank {len(tensor.shape or ())}, the one given {array.ndim}"
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise OptionError(f"the input given for {tensor.name!r} holds NaN or infinity")
-        feeds[tensor.name] = array
-    return feeds
+def feeds_of(graph: Graph, calibration: Calibration | None, seed: int) -> Feeds:
+    """Inputs to compare on: the first of the user's, random ones where there are none."""
+    if calibration is None:
+        return random_feeds(graph, seed)
+    return next(iter(calibration.subset(SAMPLES).batches(SAMPLES)))
 
 
 def check_valid(path: Path, original: ir.Model) -> None:
@@ -288,7 +263,7 @@ def _same_structure(expected: Any, found: Any) -> bool:
 def verify(
     pruned: Pruned,
     *,
-    calibration: Mapping[str, Array] | str | Path | None = None,
+    calibration: Calibration | None = None,
     seed: int = 0,
     path: Path | None = None,
 ) -> None:
@@ -296,7 +271,7 @@ def verify(
 
     Args:
         pruned: What :func:`graphprune.pipeline.prune_ir` returned.
-        calibration: Inputs to compare on; random ones otherwise.
+        calibration: Inputs to compare on (the first few); random ones otherwise.
         seed: For random inputs.
         path: The pruned model as a file, if it has been written already.
 
@@ -305,7 +280,7 @@ def verify(
             differs, and its group.
     """
     graph = pruned.network.analysis.graph
-    feeds = load_feeds(graph, calibration) if calibration is not None else random_feeds(graph, seed)
+    feeds = feeds_of(graph, calibration, seed)
     with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
         folder = Path(name)
         if path is None:
@@ -335,6 +310,57 @@ def verify(
         pruned.report.output_change = max(
             (difference(original[o], found[o]) for o in found if _dtype(found[o]).kind in "fV"), default=0.0
         )
+
+
+def verify_repaired(
+    pruned: Pruned,
+    *,
+    calibration: Calibration | None = None,
+    seed: int = 0,
+    path: Path | None = None,
+) -> None:
+    """Check a model whose cut was verified and whose weights were changed since: it is valid, loads, and answers.
+
+    Args:
+        pruned: The repaired model.
+        calibration: Inputs to run on (the first few); random ones otherwise.
+        seed: For random inputs.
+        path: The model as a file, if it has been written already.
+
+    Raises:
+        VerificationError: It is not valid, or its outputs have other shapes than the original's or are not finite where
+            those are.
+    """
+    feeds = feeds_of(pruned.network.analysis.graph, calibration, seed)
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
+        folder = Path(name)
+        if path is None:
+            path = folder / "repaired.onnx"
+            save(pruned.model, path)
+        check_valid(path, pruned.original)
+        save(pruned.original, folder / "original.onnx")
+        with _session(folder / "original.onnx", "the original") as session:
+            expected = _run(session, feeds, "the original")
+        with _session(path, "the repaired model") as session:
+            found = _run(session, feeds, "the repaired model")
+    changes = [0.0]
+    for output, array in expected.items():
+        other = found.get(output)
+        if not isinstance(array, np.ndarray) or array.dtype.kind not in "fV":
+            continue
+        finite = np.isfinite(array.astype(np.float64)).all()
+        if not isinstance(other, np.ndarray) or other.ndim != array.ndim or other.dtype != array.dtype:
+            raise VerificationError(
+                f"output {output!r} of the repaired model is of another kind than the original's"
+            )
+        if finite and not np.isfinite(other.astype(np.float64)).all():
+            raise VerificationError(
+                f"output {output!r} of the repaired model is not finite; use --no-repair, or give more calibration"
+                " inputs"
+            )
+        if other.shape == array.shape:
+            changes.append(difference(array, other))
+    pruned.report.output_change = max(changes)
 
 
 def _release(model: ir.Model) -> None:

@@ -23,6 +23,12 @@ SCORES: dict[str, tuple[str, str]] = {
     "fpgm": ("weights", "GeometricMedian"),
     "bn-scale": ("weights", "BatchNormScale"),
     "random": ("weights", "Random"),
+    "thinet": ("reconstruction", "ThiNet"),
+    "lasso": ("reconstruction", "Lasso"),
+    "obs": ("reconstruction", "StructuredOBS"),
+    "taylor": ("gradients", "Taylor"),
+    "fisher": ("gradients", "Fisher"),
+    "obd": ("gradients", "OBD"),
 }
 
 

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from onnx import numpy_helper
 
 from graphprune.analysis import Analysis
-from graphprune.choose import Request, choose
+from graphprune.choose import Request, choose, cuttable
 from graphprune.errors import NothingToPruneError
 from graphprune.graph import Op
 from graphprune.groups import Group, find_groups
@@ -30,6 +30,7 @@ from graphprune.network import Network
 from graphprune.pipeline import reference_of
 from graphprune.plan import Masks, make_plan
 from graphprune.rewrite import Edits, Rewriter, collect, functions_to_inline
+from graphprune.scope import keep_counts
 from graphprune.twin import build_twin
 from graphprune.verify import difference, tolerance_of
 
@@ -196,9 +197,11 @@ def prune_open(
     else:
         scores = np.random.default_rng(seed).random(len(opened.analysis.atoms))
         try:
-            removed = choose(
-                opened.analysis, opened.groups, scores, Request(channels, round_to=1, residual=residual)
+            wanted = cuttable(
+                opened.analysis, opened.groups, Request(channels, round_to=1, residual=residual)
             )
+            kept = keep_counts(opened.groups, scores, wanted, keep_at_least=0.0, round_to=1)
+            removed = choose(opened.analysis, opened.groups, scores, kept)
         except NothingToPruneError as error:
             return Outcome("nothing", first_line(error))
     if not len(removed):
