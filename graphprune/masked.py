@@ -10,7 +10,7 @@ Masks can be switched off at run time, so that one model is both the original an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 
 import numpy as np
@@ -21,7 +21,7 @@ from graphprune.errors import VerificationError
 from graphprune.flow import Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
 from graphprune.kernels.box import Mask, combined, separable
-from graphprune.labels import varying_axes
+from graphprune.labels import Labels, varying_axes
 from graphprune.plan import Masks
 from graphprune.rewrite import Edits
 from graphprune.rules.registry import Refusal, tensor_at
@@ -73,6 +73,21 @@ def mask_model(
                 masker.mask_operands(op, flow, node)
 
 
+def own_factors(
+    analysis: Analysis, op: Op, flow: SignatureFlow, operand: Operand
+) -> Iterator[tuple[str, Labels]]:
+    """For each labelling of an operand the factor along which it varies, with ``^`` if the op sums over it there."""
+    tensor = tensor_at(op, operand)
+    for labels in analysis.labellings(tensor) if tensor is not None else ():
+        for view in flow.signature.views:
+            if (view.is_output, view.slot) != operand:
+                continue
+            spread = flow.to_factors(analysis.atoms, view, labels, op.name)
+            if spread is not None and (varying := varying_axes(spread)):
+                own = view.factors[varying[-1]]
+                yield (own + "^" if own in view.summed else own), labels
+
+
 class _Masker:
     def __init__(self, model: ir.Model, masks: Masks) -> None:
         self._masks = masks
@@ -94,19 +109,11 @@ class _Masker:
         tensor = tensor_at(op, operand)
         if tensor is None or not self._masks.parts(tensor):
             return []
-        found: list[tuple[str, Mask]] = []
-        for labels in self._masks.analysis.labellings(tensor):
-            kept = self._masks.kept(labels)
-            if kept.all():
-                continue
-            for view in flow.signature.views:
-                if (view.is_output, view.slot) != operand:
-                    continue
-                spread = flow.to_factors(self._masks.analysis.atoms, view, labels, op.name)
-                if spread is not None and (varying := varying_axes(spread)):
-                    own = view.factors[varying[-1]]
-                    found.append((own + "^" if own in view.summed else own, kept))
-        return found
+        return [
+            (own, kept)
+            for own, labels in own_factors(self._masks.analysis, op, flow, operand)
+            if not (kept := self._masks.kept(labels)).all()
+        ]
 
     def mask_operands(self, op: Op, flow: SignatureFlow, node: ir.Node) -> None:
         """Zero what the op sums over and the plan removes.

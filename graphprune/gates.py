@@ -1,0 +1,146 @@
+"""Gates: a factor of 1 at every place where a label matters, whose derivative says how much.
+
+Removing a label means that whatever sums over it reads zeros there (:mod:`graphprune.masked`). A factor g, one number a
+label, put on those operands says the same for g = 0, and is the original for g = 1. Of the operands of one op one alone
+bears each label's gate: a product of two operands, both of which bear the label, would be squared in g, and its
+derivative twice too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from graphprune.analysis import Analysis
+from graphprune.flow import Operand, SignatureFlow
+from graphprune.graph import Graph, Op, Tensor
+from graphprune.labels import Atoms, Labels, varying_axes
+from graphprune.masked import own_factors
+from graphprune.rules.registry import Refusal, flows_of, tensor_at
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Labels that an operand of an op bears, and over which the op sums there.
+
+    Attributes:
+        op, slot: The operand.
+        labels: int32, broadcasts against the operand; 0 where there is no gate.
+    """
+
+    op: Op
+    slot: int
+    labels: Labels
+
+
+def free_labels(analysis: Analysis) -> npt.NDArray[np.bool_]:
+    """By label, whether it may be removed; label 0 may not."""
+    every = np.arange(len(analysis.atoms), dtype=np.int32)
+    free = ~analysis.atoms.is_frozen(every)
+    free[0] = False
+    return np.asarray(free, dtype=np.bool_)
+
+
+def find_gates(analysis: Analysis, free: npt.NDArray[np.bool_]) -> list[Gate]:
+    """The gates of a network, in the order of its ops.
+
+    Args:
+        analysis: The analysis.
+        free: By label, whether it has a gate (:func:`free_labels`).
+    """
+    found: list[Gate] = []
+    for op in analysis.graph.ops:
+        flows = analysis.flows[op.index]
+        if isinstance(flows, Refusal) or analysis.is_leaf(op):
+            continue
+        for flow in flows:
+            if isinstance(flow, SignatureFlow):
+                found += _gates_of(analysis, free, op, flow)
+    return found
+
+
+def _gates_of(analysis: Analysis, free: npt.NDArray[np.bool_], op: Op, flow: SignatureFlow) -> list[Gate]:
+    """Gates on an op's operands: on activations first, so that weights need none."""
+    slots = [slot for slot, tensor in enumerate(op.inputs) if tensor is not None]
+    covered: dict[str, npt.NDArray[np.bool_]] = {}
+    found: list[Gate] = []
+    for slot in sorted(slots, key=lambda s: (_is_constant(op.inputs[s]), s)):
+        seen: set[bytes] = set()
+        for own, labels in own_factors(analysis, op, flow, Operand(False, slot)):
+            key = labels.tobytes()
+            if not own.endswith("^") or key in seen:
+                continue
+            seen.add(key)
+            here = free[labels]
+            if own in covered:
+                here &= ~covered[own][labels]
+            if here.any():
+                found.append(Gate(op, slot, np.where(here, labels, 0).astype(np.int32)))
+                covered.setdefault(own, np.zeros_like(free))[labels[here]] = True
+    return found
+
+
+def _is_constant(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.constant
+
+
+# -- samples --------------------------------------------------------------------------------------------------------
+
+
+def sample_positions(graph: Graph, axes: Mapping[str, int], samples: int) -> dict[Tensor, Labels] | None:
+    """Which sample each element of each tensor belongs to.
+
+    The samples are labelled in the inputs, and the labels are pushed forward by the flows that push
+    channels (:mod:`graphprune.flow`): a batch that is merged with heads or transposed behind the time axis stays known.
+
+    Args:
+        graph: The twin, at ``samples`` samples.
+        axes: By name of the inputs that hold samples, the axis along which they lie.
+        samples: How many.
+
+    Returns:
+        By tensor an int32 array of sample numbers from 0 that broadcasts against its shape; tensors that are the same
+        for all samples are absent. None where an op mixes samples, or is not known not to.
+    """
+    atoms = Atoms()
+    first = atoms.new(samples)
+    found: dict[Tensor, Labels] = {}
+    for tensor in graph.inputs:
+        if tensor.name in axes:
+            found[tensor] = first.reshape(
+                [-1 if a == axes[tensor.name] else 1 for a in range(len(tensor.shape or ()))]
+            )
+    for op in graph.ops:
+        borne = [(slot, t) for slot, t in enumerate(op.inputs) if t is not None and t in found]
+        if not borne:
+            continue
+        flows = flows_of(op)
+        if isinstance(flows, Refusal):
+            flows = []
+        for slot, tensor in borne:
+            source = Operand(False, slot)
+            for flow in flows:
+                if source not in flow.operands():
+                    continue
+                for target, carried in flow.push(atoms, source, found[tensor], op.name):
+                    output = tensor_at(op, target)
+                    if not target.is_output or output is None:
+                        continue
+                    if output in found and not _agree(found[output], carried):
+                        return None
+                    found.setdefault(output, carried)
+        for output in op.outputs:
+            if output is None or output in found or output.data is not None:
+                continue
+            if output.uses or output.is_output:
+                return None
+    if atoms.unions or bool(atoms.is_frozen(first).any()) or bool(atoms.is_statistical(first).any()):
+        return None
+    return {tensor: (labels - first[0]).astype(np.int32) for tensor, labels in found.items()}
+
+
+def _agree(left: Labels, right: Labels) -> bool:
+    return left.shape == right.shape and bool((left == right).all()) and bool(varying_axes(left))
