@@ -96,11 +96,13 @@ def only_budget(limits: Mapping[str, float | int | str | None]) -> Budget | None
     Raises:
         OptionError: More than one is given, or one is out of range.
     """
-    from graphprune.costs.sizes import parse_size
-
     given = {kind: limit for kind, limit in limits.items() if limit is not None}
     if len(given) > 1:
         raise OptionError(f"give one budget; {' and '.join(given)} exclude each other")
     for kind, limit in given.items():
-        return Budget(kind, parse_size(limit) if kind == "size" else float(limit))  # type: ignore[arg-type]
+        if kind == "size":
+            from graphprune.costs.sizes import parse_size
+
+            limit = parse_size(limit)
+        return Budget(kind, float(limit))  # type: ignore[arg-type]
     return None

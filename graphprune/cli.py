@@ -24,6 +24,7 @@ from graphprune.arguments import parse
 from graphprune.errors import BudgetError, GraphPruneError, OptionError, PlanError, VerificationError
 
 if TYPE_CHECKING:
+    from graphprune.budget import Budget
     from graphprune.network import Pruned
     from graphprune.search import Drop
     from graphprune.settings import Settings
@@ -117,34 +118,44 @@ def _same_file(a: Path, b: Path) -> bool:
         return False
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _budget(options: argparse.Namespace) -> Budget | None:
+    """The budget, once it is clear that one thing is asked for."""
     from graphprune.budget import only_budget
-    from graphprune.choose import Request
-    from graphprune.settings import Settings
 
     budget = only_budget(
         {kind: getattr(options, kind) for kind in ("macs", "params", "size", "latency", "energy")}
     )
-    ratio = options.channels is not None or bool(options.channels_for)
-    ways = [
-        name
-        for name, given in (
-            ("--channels", ratio),
-            ("a budget", budget is not None),
-            ("--max-drop", options.max_drop is not None),
-            ("--plan", options.plan is not None),
+    ways = {
+        "--channels": options.channels is not None or options.channels_for,
+        "a budget": budget is not None,
+        "--max-drop": options.max_drop is not None,
+        "--plan": options.plan is not None,
+    }
+    given = [way for way, there in ways.items() if there]
+    if options.plan is not None and (len(given) > 1 or options.include or options.exclude):
+        raise OptionError(
+            "--plan says what goes; leave out --channels, --channels-for, budgets, --include and --exclude"
         )
-        if given
-    ]
-    if len(ways) > 1:
-        raise OptionError(f"{' and '.join(ways)} exclude each other; give one")
-    if options.plan is not None and (options.include or options.exclude):
-        raise OptionError("--plan says what goes; leave out --include and --exclude")
-    if not ways and not options.dead and not options.blocks:
+    if len(given) > 1:
+        raise OptionError(f"{' and '.join(given)} exclude each other; give one")
+    if not given and not options.dead and not options.blocks:
         raise OptionError(
             "say what to remove: --channels RATIO (such as 0.3), --channels-for GLOB=RATIO, a budget such as --macs"
             " 0.5, --max-drop, --dead, --blocks N, or --plan FILE"
         )
+    if options.max_drop is None and (options.metric is not None or options.metric_data is not None):
+        raise OptionError("--metric and --metric-data judge trials of --max-drop, which is missing")
+    if options.max_drop is not None and options.calib is None and options.metric_data is None:
+        raise OptionError("--max-drop is judged on inputs: give some with --calib or --metric-data")
+    return budget
+
+
+def _settings(options: argparse.Namespace, budget: Budget | None) -> Settings:
+    from graphprune.choose import Request
+    from graphprune.plan import Plan
+    from graphprune.scores import find_score
+    from graphprune.settings import Settings
+
     request = Request(
         options.channels or 0.0,
         options.round_to,
@@ -153,9 +164,6 @@ def _settings(options: argparse.Namespace) -> Settings:
         options.exclude,
         dict(options.channels_for),
     )
-    from graphprune.plan import Plan
-    from graphprune.scores import find_score
-
     if options.score is not None:
         find_score(options.score)
     return Settings(
@@ -175,14 +183,10 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 def _drop(options: argparse.Namespace) -> Drop | None:
     if options.max_drop is None:
-        if options.metric is not None or options.metric_data is not None:
-            raise OptionError("--metric and --metric-data judge trials of --max-drop, which is missing")
         return None
     from graphprune.metrics import find_metric
     from graphprune.search import Drop
 
-    if options.calib is None and options.metric_data is None:
-        raise OptionError("--max-drop is judged on inputs: give some with --calib or --metric-data")
     if options.metric is not None:
         find_metric(options.metric)
     return Drop(options.max_drop, options.metric, options.jobs)
@@ -193,6 +197,7 @@ def _drop(options: argparse.Namespace) -> Drop | None:
 
 def _prune(options: argparse.Namespace) -> int:
     target = _output_path(options)
+    budget = _budget(options)
     start = perf_counter()
     from graphprune.display import Steps
 
@@ -202,7 +207,7 @@ def _prune(options: argparse.Namespace) -> int:
         from graphprune.pipeline import Pruning, finish
         from graphprune.preprocess import Preprocess
 
-        settings, drop = _settings(options), _drop(options)
+        settings, drop = _settings(options, budget), _drop(options)
         preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None
         steps("loading")
         source, _ = as_ir(options.model)

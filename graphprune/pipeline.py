@@ -251,8 +251,7 @@ class Pruning:
         with self._timed("search"):
             plan, before, after = plan_within_drop(self, drop, judged_on)
         self.notes.append(
-            f"metric: {after:.4g} after the cut, {before:.4g} before, on {judged_on.samples} samples that served nothing"
-            " else"
+            f"metric: {after:.4g} after the cut, {before:.4g} before, on {judged_on.samples} samples held out for it"
         )
         return plan
 

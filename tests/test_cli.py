@@ -506,7 +506,8 @@ def test_a_plan_for_another_model(cli: Cli, folder: Path) -> None:
 
 
 def test_calibration_for_another_model(cli: Cli, folder: Path) -> None:
-    np.savez(folder / "calib.npz", other=np.ones((4, 3, 6, 6), dtype=np.float32))
+    wrong = np.ones((4, 3, 6, 6), dtype=np.float32)
+    np.savez(folder / "calib.npz", other=wrong, another=wrong)
     refused(cli, folder, "net.onnx", "--channels", "0.5", "--calib", "calib.npz", says=r"pixels:0")
 
 
