@@ -212,7 +212,7 @@ class _ProductForm:
         return np.ascontiguousarray(matrix[0].T if self.transposed_weight else matrix[0])
 
 
-Found: TypeAlias = "tuple[int, int, int | None, MatrixForm] | str"
+Found: TypeAlias = "tuple[int, int, int | None, MatrixForm] | str | None"
 
 
 def _conv(op: Op, attributes: Mapping[str, Any]) -> Found:
@@ -228,7 +228,7 @@ def _gemm(op: Op, attributes: Mapping[str, Any]) -> Found:
         return 0, 1, 2, _ProductForm(a, b, False, alpha)
     if _constant(op, 0) and not _constant(op, 1):  # (w x)^T = x^T w^T
         return 1, 0, None, _ProductForm(not b, not a, True, alpha)
-    return "neither operand is a constant"
+    return None
 
 
 def _matmul(op: Op, attributes: Mapping[str, Any]) -> Found:
@@ -244,7 +244,7 @@ def _matmul(op: Op, attributes: Mapping[str, Any]) -> Found:
         if len(shapes[0] or ()) != 2 or len(shapes[1] or ()) < 2:
             return "its weight is no matrix"
         return 1, 0, None, _ProductForm(True, True, True)
-    return "neither operand is a constant"
+    return None
 
 
 def _constant(op: Op, slot: int) -> bool:
@@ -252,7 +252,8 @@ def _constant(op: Op, slot: int) -> bool:
     return tensor is not None and tensor.constant
 
 
-#: How the tensors of each op type are matrices: slots of activation, weight and bias, and the form; or why not.
+#: How the tensors of each op type are matrices: slots of activation, weight and bias, and the form; or why not; None for
+#: products of two activations.
 FORMS: dict[str, Callable[[Op, Mapping[str, Any]], Found]] = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
 
 
@@ -270,7 +271,7 @@ def find_contraction(op: Op, attributes: Mapping[str, Any] | None = None) -> Con
     if describe is None or all(tensor is None or tensor.constant for tensor in op.inputs):
         return None
     found = describe(op, op.attributes if attributes is None else attributes)
-    if isinstance(found, str):
+    if found is None or isinstance(found, str):
         return found
     activation, weight, bias, form = found
     dtype = op.inputs[weight].dtype  # type: ignore[union-attr]

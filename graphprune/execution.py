@@ -69,6 +69,7 @@ class Piece:
         outputs: Iterable[str],
         free: Iterable[str] = (),
         shifted: Mapping[str, str] | None = None,
+        scaled: Mapping[tuple[ir.Node, int], str] | None = None,
     ) -> None:
         """Cut a piece out.
 
@@ -78,8 +79,10 @@ class Piece:
             outputs: Names of values to return.
             free: Names of constants that are given anew with each run.
             shifted: Value -> name of a further input that is added to it.
+            scaled: (node, slot) -> name of a further input that this operand is multiplied with.
         """
         self._model = model
+        self._scaled = dict(scaled or {})
         free = set(free)
         self._shifted = dict(shifted or {})
         self._nodes = [node for node in nodes if not all(output.name in free for output in node.outputs)]
@@ -96,7 +99,7 @@ class Piece:
                 self.initializers[name] = value
             else:
                 self.inputs.append(name)
-        self.inputs += self._shifted.values()
+        self.inputs += [*self._shifted.values(), *self._scaled.values()]
         self._session: onnxruntime.InferenceSession | None = None
 
     def _build(self, feeds: Mapping[str, Array]) -> onnx.ModelProto:
@@ -125,6 +128,11 @@ class Piece:
     def _protos(self) -> Iterator[onnx.NodeProto]:
         for node in self._nodes:
             proto = ir.serde.serialize_node(node)
+            for slot in range(len(proto.input)):
+                if (node, slot) in self._scaled:
+                    name = self._scaled[node, slot]
+                    yield onnx.helper.make_node("Mul", [proto.input[slot], name], [f"{name}/scaled"])
+                    proto.input[slot] = f"{name}/scaled"
             additions = []
             for slot, name in enumerate(proto.output):
                 if name in self._shifted:
@@ -300,7 +308,12 @@ class StagedRun:
                 if name in feeds:
                     self._drop(feeds, name)
 
-    def rest(self, free: Iterable[str] = (), shifted: Mapping[str, str] | None = None) -> Piece:
+    def rest(
+        self,
+        free: Iterable[str] = (),
+        shifted: Mapping[str, str] | None = None,
+        scaled: Mapping[tuple[ir.Node, int], str] | None = None,
+    ) -> Piece:
         """All nodes that have not been run, up to the graph's outputs (see :class:`Piece`)."""
         outputs = [output.name for output in self._model.graph.outputs if output.name]
-        return Piece(self._model, self.nodes[self.position :], outputs, free, shifted)
+        return Piece(self._model, self.nodes[self.position :], outputs, free, shifted, scaled)

@@ -20,14 +20,13 @@ import onnx_ir as ir
 
 from graphprune.calibration import Array, Calibration
 from graphprune.contractions import Contraction, find_contraction
-from graphprune.execution import Feeds, StagedRun, constant_contents
+from graphprune.execution import Feeds, StagedRun
 from graphprune.graph import Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.refit import refit, training_error
+from graphprune.layer_weights import LayerWeights, attributes_now, node_of, trimmed
 from graphprune.network import Pruned
-from graphprune.nodes import python_value
-from graphprune.splice import Splicer, base_name
 
 #: Samples that run through the network at once.
 BATCH = 64
@@ -123,7 +122,7 @@ class Repair:
         self.report = RepairReport()
         self._calibration = calibration
         self._random = np.random.default_rng(seed)
-        self._splice = Splicer(pruned.model)
+        self.weights = LayerWeights(pruned)
         self._progress = progress or (lambda done, total: None)
 
     def run(self) -> RepairReport:
@@ -133,7 +132,7 @@ class Repair:
             StagedRun(self.pruned.model, batches) as now,
             StagedRun(self.pruned.original, batches) as before,
         ):
-            todo = sorted(self._contractions(now, before), key=lambda item: now.index[_node(item[0])])
+            todo = sorted(self._contractions(now, before), key=lambda item: now.index[node_of(item[0])])
             for number, (contraction, original) in enumerate(todo):
                 self._progress(number, len(todo))
                 self._refit(contraction, original, now, before)
@@ -151,16 +150,7 @@ class Repair:
                 reached.update(tensor for tensor in op.outputs if tensor is not None)
             if not (behind if self.everything else self._reads_cut(op)):
                 continue
-            attributes = (
-                {
-                    name: python_value(value)
-                    for name, value in op.node.attributes.items()
-                    if not value.is_ref()
-                }
-                if op.node is not None
-                else None
-            )
-            found = find_contraction(op, attributes)
+            found = find_contraction(op, attributes_now(op))
             if found is None:
                 continue
             reason = found if isinstance(found, str) else self._obstacle(found, now, before)
@@ -172,7 +162,9 @@ class Repair:
     def _reads_cut(self, op: Op) -> bool:
         """True if the op's activation loses positions that the op sums over."""
         found = find_contraction(op)
-        if not isinstance(found, Contraction):
+        if found is None:
+            return False
+        if isinstance(found, str):
             return any(self.masks.parts(tensor) for tensor in op.inputs if tensor is not None)
         form = found.form
         weight = found.weight_tensor
@@ -189,18 +181,18 @@ class Repair:
         if value is None or len(list(value.uses())) > 1:
             return "its weight is shared with another layer"
         bias = contraction.bias_tensor
-        if bias is not None and (not bias.constant or len(_trimmed(bias.shape or ())) > 1):
+        if bias is not None and (not bias.constant or len(trimmed(bias.shape or ())) > 1):
             return "its bias is no constant vector"
         return None
 
     # -- one refit --------------------------------------------------------------------------------------------------
 
     def _refit(self, contraction: Contraction, original: ir.Node, now: StagedRun, before: StagedRun) -> None:
-        node = _node(contraction)
+        node = node_of(contraction)
         x_name, y_name = _name(node.inputs[contraction.activation]), _name(original.outputs[0])
         now.advance(now.index[node])
         before.advance(before.index[original] + 1, keep=[y_name])
-        weight = self._constant(contraction.op, contraction.weight)
+        weight = self.weights.constant(contraction.op, contraction.weight)
         form = contraction.form
         matrices = form.arrange(weight).astype(np.float64) * form.scale
         residual = self._sum_behind(contraction, now, before)
@@ -213,7 +205,7 @@ class Repair:
                 (contraction.op.name, "its activations do not line up with the original's")
             )
             return
-        bias, place = self._bias(contraction)
+        bias, place = self.weights.bias(contraction)
         biases = np.zeros(matrices.shape[::2]) if bias is None else bias.reshape(matrices.shape[::2])
         errors = np.zeros(3)
         fitted, shifts = [], []
@@ -231,7 +223,7 @@ class Repair:
         before_after = float(errors[0] / scale), float(errors[1] / scale)
         self.report.refitted.append(Refitted(contraction.op.name, *before_after))
         new_weight = form.restore(np.stack(fitted) / form.scale, weight.shape).astype(weight.dtype)
-        self._write(contraction, new_weight, np.stack(shifts), place)
+        self.weights.write(contraction, new_weight, np.stack(shifts), place)
 
     def _statistics(
         self,
@@ -274,12 +266,6 @@ class Repair:
             return None
         return compact(array, mask)
 
-    def _constant(self, op: Op, slot: int) -> Array:
-        """What the pruned model holds at a constant operand."""
-        value = op.node.inputs[slot] if op.node is not None else None
-        assert value is not None
-        return constant_contents(self.pruned.model, value)
-
     # -- residual streams -------------------------------------------------------------------------------------------
 
     def _sum_behind(self, contraction: Contraction, now: StagedRun, before: StagedRun) -> Sum | None:
@@ -295,7 +281,7 @@ class Repair:
                 if other is None:
                     return None
                 if other.constant:
-                    scale = scale * self._constant(op, 1 - slot) if op.kind == "Mul" else scale
+                    scale = scale * self.weights.constant(op, 1 - slot) if op.kind == "Mul" else scale
                 elif op.kind == "Mul" or other.shape != tensor.shape:
                     return None
                 else:
@@ -310,7 +296,7 @@ class Repair:
         return None
 
     def _normalisation_scale(self, op: Op, rank: int) -> Array:
-        scale, variance = (self._constant(op, slot) for slot in (1, 4))
+        scale, variance = (self.weights.constant(op, slot) for slot in (1, 4))
         factor = scale / np.sqrt(variance + float(op.attributes.get("epsilon", 1e-5)))
         return np.asarray(factor).reshape(1, -1, *(1,) * (rank - 2))
 
@@ -339,85 +325,6 @@ class Repair:
         usable = np.abs(made.scale) > LEAST_SCALE * np.abs(made.scale).max()
         inverse = np.where(usable, 1 / np.where(usable, made.scale, 1), 0).astype(np.float32)
         return np.asarray((wanted - have) * inverse)
-
-    # -- writing ----------------------------------------------------------------------------------------------------
-
-    def _bias(self, contraction: Contraction) -> tuple[Array | None, tuple[ir.Node, int] | None]:
-        """The bias that is part of the contraction's result, and where a new one would go.
-
-        A MatMul has no bias; the constant that is added behind it takes the change.
-        """
-        node = _node(contraction)
-        if contraction.bias is not None:
-            beta = float(contraction.op.attributes.get("beta", 1.0))
-            tensor = contraction.bias_tensor
-            bias = None
-            if tensor is not None:
-                bias = self._constant(contraction.op, contraction.bias).astype(np.float64) * beta
-            if bias is not None and bias.size == 1:
-                outputs = self.masks.shape(contraction.output)[-1 if contraction.op.kind == "Gemm" else 1]
-                bias = np.full(outputs, float(bias.ravel()[0]))
-            return (None if bias is None else bias.ravel()), (node, contraction.bias) if beta else None
-        uses = contraction.output.uses
-        if len(uses) == 1 and not contraction.output.is_output and uses[0][0].kind == "Add":
-            op, slot = uses[0]
-            other = op.inputs[1 - slot]
-            outputs = self.masks.shape(contraction.output)[-1]
-            transposed = getattr(contraction.form, "transposed_result", False)
-            if other is not None and other.constant and op.node is not None and not transposed:
-                if _trimmed(self.masks.shape(other)) == (outputs,) and self.masks.shape(other)[-1] == outputs:
-                    return None, (op.node, 1 - slot)
-        return None, None
-
-    def _write(
-        self, contraction: Contraction, weight: Array, biases: Array, place: tuple[ir.Node, int] | None
-    ) -> None:
-        node = _node(contraction)
-        self._replace(node, contraction.weight, weight)
-        if place is None:
-            return
-        target, slot = place
-        shift = biases.ravel()
-        if target is node:
-            beta = float(contraction.op.attributes.get("beta", 1.0))
-            self._replace(node, slot, (shift / beta).astype(weight.dtype))
-            return
-        if not shift.any():
-            return
-        value = target.inputs[slot]
-        assert value is not None
-        old = constant_contents(self.pruned.model, value)
-        self._replace(target, slot, (old + shift.astype(old.dtype).reshape(old.shape)).astype(old.dtype))
-
-    def _replace(self, node: ir.Node, slot: int, array: Array) -> None:
-        """Feed an input from a new constant; the one before goes if nothing else reads it."""
-        if slot >= len(node.inputs):
-            node.resize_inputs(slot + 1)
-        old = node.inputs[slot]
-        base = old.name if old is not None and old.name else f"{base_name(node)}_bias"
-        if (
-            old is not None
-            and old.is_initializer()
-            and len(list(old.uses())) == 1
-            and not old.is_graph_input()
-        ):
-            if old.const_value is not None and old.const_value.dtype == ir.DataType.from_numpy(array.dtype):
-                old.const_value = ir.tensor(array, name=old.name)
-                old.shape = ir.Shape(array.shape)
-                return
-        node.replace_input_with(slot, self._splice.constant(node, base, array))
-        self._splice.remove_unread([] if old is None else [old])
-
-
-def _trimmed(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape without its axes of size 1."""
-    return tuple(size for size in shape if size != 1)
-
-
-def _node(contraction: Contraction) -> ir.Node:
-    node = contraction.op.node
-    assert node is not None
-    return node
 
 
 def _name(value: ir.Value | None) -> str:

@@ -18,6 +18,8 @@ import onnx_ir as ir
 
 from graphprune.calibration import Array
 from graphprune.execution import Feeds, StagedRun
+from graphprune.gates import Gate, find_gates
+from graphprune.graph import Op
 from graphprune.groups import Group
 from graphprune.kernels import obs
 from graphprune.scores.evidence import Evidence, Scores
@@ -94,25 +96,45 @@ class Sensitivity:
         with StagedRun(network.model, calibration.batches(BATCH)) as run:
             whole = run.rest()
             expected = [whole.run(feeds) for feeds in run.batches()]
+            consumers = self._consumers(run)
             corrected = {
                 group.index: (readers, self._corrections(group, readers))
                 for group, readers in group_readers(self._evidence, "sensitivity")
-                if readers and group.index in self._levels
+                if group.index in consumers
             }
-            order = sorted(corrected, key=lambda index: self._start(run, corrected[index][0]))
+            order = sorted(consumers, key=lambda index: self._start(run, consumers[index]))
             for number, index in enumerate(order):
                 if self._evidence.progress is not None:
                     self._evidence.progress(number, len(order))
                 readers, corrections = corrected.pop(index)
-                curves[index] = self._curve(run, network.groups[index], readers, corrections, expected)
+                curves[index] = self._curve(
+                    run, network.groups[index], readers, corrections, consumers[index], expected
+                )
         for index, levels in self._levels.items():
             if index not in curves:
                 curves[index] = score_curve(network.groups[index], self._scores, levels)
         return [curves[index] for index in sorted(curves)]
 
+    def _consumers(self, run: StagedRun) -> dict[int, list[Gate]]:
+        """For each group all operands that sum over it; groups that are consumed where no piece reaches are absent."""
+        network = self._evidence.network
+        owner = np.full(len(network.analysis.atoms), -1, dtype=np.int64)
+        for index in self._levels:
+            owner[network.groups[index].labels] = index
+        found: dict[int, list[Gate]] = {}
+        hidden: set[int] = set()
+        for gate in find_gates(network.analysis, owner >= 0):
+            inside = gate.op.node in run.index and not gate.op.path
+            for index in np.unique(owner[gate.labels]).tolist():
+                if index >= 0:
+                    found.setdefault(index, []).append(gate)
+                    if not inside:
+                        hidden.add(index)
+        return {index: gates for index, gates in found.items() if index not in hidden}
+
     @staticmethod
-    def _start(run: StagedRun, readers: Sequence[GroupReader]) -> int:
-        return min(run.index[_node(reader)] for reader in readers)
+    def _start(run: StagedRun, gates: Sequence[Gate]) -> int:
+        return min(run.index[_op_node(gate.op)] for gate in gates)
 
     def _kept_units(self, group: Group, level: int) -> Array:
         """Positions in ``group.labels`` that stay at a level."""
@@ -146,19 +168,43 @@ class Sensitivity:
         group: Group,
         readers: Sequence[GroupReader],
         corrections: Sequence[Sequence[Array]],
+        gates: Sequence[Gate],
         expected: Sequence[Feeds],
     ) -> Curve:
-        run.advance(self._start(run, readers))
+        run.advance(self._start(run, gates))
+        corrected = {
+            (reader.reader.contraction.op, reader.reader.contraction.activation) for reader in readers
+        }
+        masked = [gate for gate in gates if (gate.op, gate.slot) not in corrected]
+        names = {(_op_node(gate.op), gate.slot): f"{gate.op.name}/{gate.slot}/mask" for gate in masked}
         nodes = list(dict.fromkeys(_node(reader) for reader in readers))
         shifted = {_output(node): f"{_output(node)}/shift" for node in nodes}
-        piece = run.rest([_weight(reader) for reader in readers], shifted)
+        piece = run.rest([_weight(reader) for reader in readers], shifted, names)
         kept, errors = [group.unit], [0.0]
         for level, weights in zip(self._levels[group.index], corrections, strict=True):
-            trial = self._trial(readers, weights)
+            trial = {**self._trial(readers, weights), **self._masks(group, level, masked)}
             found = [piece.run({**feeds, **trial}) for feeds in run.batches()]
             kept.append(level)
             errors.append(max(errors[-1], outputs_error(found, expected)))
         return Curve(group.name, group.index, kept, errors)
+
+    def _masks(self, group: Group, level: int, gates: Sequence[Gate]) -> Feeds:
+        """What operands are multiplied with that are not the input of a corrected contraction, by input name."""
+        gone = np.zeros(len(self._evidence.network.analysis.atoms), dtype=bool)
+        gone[group.labels] = True
+        gone[group.labels[self._kept_units(group, level)]] = False
+        feeds: Feeds = {}
+        for gate in gates:
+            name = f"{gate.op.name}/{gate.slot}/mask"
+            tensor = gate.op.inputs[gate.slot]
+            dtype = (
+                tensor.dtype.numpy()
+                if tensor is not None and tensor.dtype is not None
+                else np.dtype(np.float32)
+            )
+            mask = (~gone[gate.labels]).astype(dtype)
+            feeds[name] = feeds[name] * mask if name in feeds else mask
+        return feeds
 
     @staticmethod
     def _trial(readers: Sequence[GroupReader], weights: Sequence[Array]) -> Feeds:
@@ -219,6 +265,11 @@ def _node(reader: GroupReader) -> ir.Node:
     node = reader.reader.contraction.op.node
     assert node is not None
     return node
+
+
+def _op_node(op: Op) -> ir.Node:
+    assert op.node is not None
+    return op.node
 
 
 def _weight(reader: GroupReader) -> str:

@@ -119,7 +119,7 @@ def gather(
     for chosen in passes:
         gathered = [[make(reader.size[1]) for _ in range(reader.size[0])] for reader in chosen]
         names = [_input_name(reader) for reader in chosen]
-        piece = Piece(network.model, _before(network.model, names), names)
+        piece = Piece(network.model, nodes_before(network.model, names), names)
         random = np.random.default_rng(seed)
         for feeds in calibration.batches(BATCH):
             if progress is not None:
@@ -155,7 +155,7 @@ def _input_name(reader: Reader) -> str:
     return "" if value is None else value.name or ""
 
 
-def _before(model: ir.Model, names: Iterable[str]) -> list[ir.Node]:
+def nodes_before(model: ir.Model, names: Iterable[str]) -> list[ir.Node]:
     """The nodes that make some values, in order."""
     wanted = set(names)
     nodes = []

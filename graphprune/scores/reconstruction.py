@@ -15,12 +15,17 @@ from typing import ClassVar
 import numpy as np
 
 from graphprune.calibration import Array
+from graphprune.execution import Piece
+from graphprune.gates import find_gates
+from graphprune.graph import Op
 from graphprune.groups import Group
 from graphprune.kernels import obs, selection
 from graphprune.kernels.gram import GramAccumulator
+from graphprune.kernels.saliency import sums_by_label
+from graphprune.labels import Labels
 from graphprune.scores.evidence import Evidence, Needs, Scores
 from graphprune.scores.weights import L2
-from graphprune.statistics import Reader, find_readers, gather
+from graphprune.statistics import BATCH, Reader, find_readers, gather, nodes_before
 
 #: Damping of Gram matrices, relative to the mean of their diagonals.
 DAMPING = 1e-2
@@ -145,7 +150,7 @@ def removal_order(
 
 
 class _Reconstruction:
-    """Scores from the readers' statistics; groups that have no readers are scored by magnitude."""
+    """Scores from the readers' statistics; groups without readers are scored by :func:`product_energies`."""
 
     needs: ClassVar[Needs] = "activations"
     name: ClassVar[str]
@@ -156,10 +161,59 @@ class _Reconstruction:
 
     def __call__(self, evidence: Evidence) -> Scores:
         scores = L2()(evidence)
+        unread = []
         for group, readers in group_readers(evidence, self.name):
             if readers:
                 scores[group.labels] = self.judge(group, readers)
+            else:
+                unread.append(group)
+        if unread:
+            labels = np.concatenate([group.labels for group in unread])
+            scores[labels] = product_energies(evidence, labels, self.name)[labels]
         return scores
+
+
+def product_energies(evidence: Evidence, labels: Labels, score: str) -> Scores:
+    """What labels contribute to products of two activations, such as the queries and keys of attention.
+
+    A product ``sum_d q_id k_jd`` loses ``q_id k_jd`` with label d: over all i and j that is ``|q_d|^2 |k_d|^2``. Nothing
+    can be corrected there, and products of different labels are taken to be uncorrelated. An operand alone counts with
+    its energy.
+
+    Args:
+        evidence: The network and its inputs.
+        labels: The labels to judge.
+        score: The criterion's name, for its complaint.
+
+    Returns:
+        float64 ``[number of atoms]``; zero for labels that no op of the main graph consumes.
+    """
+    network = evidence.network
+    analysis, count = network.analysis, len(network.analysis.atoms)
+    chosen = np.zeros(count, dtype=bool)
+    chosen[labels] = True
+    inside = set(network.model.graph)
+    consumers = [gate.op for gate in find_gates(analysis, chosen) if gate.op.node in inside]
+    operands: dict[Op, list[tuple[str, Labels]]] = {}
+    for op in dict.fromkeys(consumers):
+        for slot, tensor in enumerate(op.inputs):
+            if tensor is None or tensor.constant or op.node is None:
+                continue
+            value = op.node.inputs[slot]
+            for borne in analysis.labellings(tensor):
+                if value is not None and value.name and chosen[borne].any():
+                    operands.setdefault(op, []).append((value.name, np.where(chosen[borne], borne, 0)))
+    names = list(dict.fromkeys(name for there in operands.values() for name, _ in there))
+    piece = Piece(network.model, nodes_before(network.model, names), names)
+    total = np.zeros(count)
+    for feeds in evidence.inputs(score).batches(BATCH):
+        held = {**feeds, **piece.run(feeds)}
+        for there in operands.values():
+            product = np.ones(count)
+            for name, borne in there:
+                product *= sums_by_label(np.asarray(held[name]), borne, count, 2)
+            total += product
+    return total
 
 
 def contributions(group: Group, readers: Sequence[GroupReader]) -> Array:
