@@ -10,12 +10,10 @@ from math import prod, sqrt
 
 import numpy as np
 
-from graphprune.flow import Operand
 from graphprune.intervals.bounds import Bounds, Floats, between, bounds
-from graphprune.intervals.contraction import view_of
 from graphprune.intervals.elementwise import ARITHMETIC_UNITS, added, multiplied, negated
 from graphprune.intervals.registry import Found, Site, rule
-from graphprune.signature import Role
+from graphprune.rules.registry import normal_axis
 
 #: Normalised values may exceed the bound by so much, relatively, for rounding.
 _ROOM = 1e-3
@@ -54,13 +52,10 @@ def _rounded(part: Bounds, eps: float) -> Bounds:
     return Bounds(part.lo - room, part.hi + room, part.value, part.finite)
 
 
-def _normalised(site: Site) -> Bounds | None:
-    """What is multiplied by the scale."""
-    flow = site.signature
-    view = view_of(flow, Operand(False, 0)) if flow is not None else None
-    if flow is None or view is None or not site.bounds(0).finite:
+def _normalised(site: Site, count: int) -> Bounds | None:
+    """What is multiplied by the scale: normalised over so many elements."""
+    if not site.bounds(0).finite:
         return None
-    count = prod(flow.signature.sizes[f] for f in view.factors if flow.signature.role(f) is Role.NORMALISED)
     reach = sqrt(count) * (1 + _ROOM)
     return between(site.rank(), -reach, reach)
 
@@ -69,10 +64,10 @@ def _normalised(site: Site) -> Bounds | None:
 @rule("com.microsoft::LayerNormalization com.microsoft::SimplifiedLayerNormalization")
 def layer_norm(site: Site) -> Found:
     """Scale and bias broadcast."""
-    found = _normalised(site)
+    rank = site.rank()
+    found = _normalised(site, prod(site.shape(0)[normal_axis(int(site.attribute("axis", -1)), rank) :]))
     if found is None:
         return [None]
-    rank = site.rank()
     found = multiplied(found, site.bounds(1), site.eps)
     if site.has(2):
         found = added(found, site.bounds(2), site.eps)
@@ -82,8 +77,9 @@ def layer_norm(site: Site) -> Found:
 @rule("InstanceNormalization GroupNormalization")
 def channel_norm(site: Site) -> Found:
     """Scale and bias have one entry a channel."""
-    found = _normalised(site)
-    rank = site.rank()
+    shape, rank = site.shape(0), site.rank()
+    groups = int(site.attribute("num_groups", shape[1]))
+    found = _normalised(site, prod(shape[1:]) // groups)
     if found is None or any(site.shape(slot) != (site.shape(0)[1],) for slot in (1, 2)):
         return [None]
     scale, bias = (_along_channels(site.bounds(slot), rank) for slot in (1, 2))
