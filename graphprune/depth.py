@@ -24,6 +24,7 @@ from graphprune.blocks import (
 )
 from graphprune.calibration import Calibration
 from graphprune.errors import ModelError, OptionError
+from graphprune.execution import make_session
 from graphprune.masked import WHERE_SINCE
 from graphprune.model import copy, save
 from graphprune.nodes import subgraphs
@@ -44,6 +45,8 @@ Criterion: TypeAlias = Literal["cosine", "error"]
 BATCH_BYTES = 256 << 20
 #: Most samples at once.
 BATCH = 64
+#: Samples on which the error is measured: the network runs once for each branch.
+ERROR_SAMPLES = 128
 #: The network's own outputs are remembered up to this many bytes, and computed again above.
 OUTPUT_BYTES = 512 << 20
 #: Random inputs, of the twin's sizes, where no calibration is given.
@@ -151,7 +154,7 @@ def measure_branches(
     ``error``
         The relative change of the network's outputs when the branch is removed, ``|y' - y| / |y|`` in the 2-norm over
         all samples, averaged over outputs; for outputs that are not real, the share of elements that change.
-        One run of the network for each branch.
+        One run of the network for each branch, on the first 128 samples.
 
     Args:
         network: The network.
@@ -247,6 +250,7 @@ def _errors(
     progress: Progress | None,
 ) -> dict[Branch, float]:
     errors: dict[Branch, float] = {}
+    calibration = calibration.subset(ERROR_SAMPLES) if calibration is not None else None
     with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
         folder = Path(name)
         original = _session(network.model, folder / "original.onnx")
@@ -316,17 +320,8 @@ def _name(value: ir.Value | None) -> str:
 
 
 def _session(model: ir.Model, path: Path) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     save(model, path)
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise ModelError(
-            f"ONNX Runtime cannot load the network to measure its blocks: {_line(error)}"
-        ) from error
+    return make_session(str(path))
 
 
 def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
