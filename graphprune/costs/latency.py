@@ -276,6 +276,8 @@ class LatencyCost(PolynomialCost):
                 key = curve.cuts, curve.seconds.tobytes()
                 before = curves[key][0] if key in curves else 0.0
                 curves[key] = before + stem.kernel.seconds * self._scale, curve
+        if progress is not None:
+            progress(len(stems), len(stems))
         super().__init__(widths, terms)
         whole = self._table.at(widths.full)[None]
         self._curves = [

@@ -135,10 +135,12 @@ class Layer:
                     feeds[name] = array
                     kind = int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
                     inputs.append(onnx.helper.make_tensor_value_info(name, kind, array.shape))
-            for slot, name in enumerate(node.output):
-                if name:
+            for slot, made in enumerate(self.op.outputs):
+                if made is not None and made.dtype is not None:
                     node.output[slot] = f"p{number}_{slot}"
-                    outputs.append(onnx.ValueInfoProto(name=node.output[slot]))
+                    free = [None] * len(made.shape or ())
+                    info = onnx.helper.make_tensor_value_info(node.output[slot], int(made.dtype), free)
+                    outputs.append(info)
             nodes.append(node)
         opsets = {self.op.domain: self.op.version}
         opsets.setdefault("", onnx.defs.onnx_opset_version() - 4)

@@ -263,7 +263,7 @@ def profile(
             raise ModelError(f"the model cannot be timed: {_first_line(error)}") from error
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
         values = _values(optimised) if outputs and optimised.exists() else {}
-    return _read(events, values)
+    return read_events(events, values)
 
 
 def _values(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
@@ -274,7 +274,7 @@ def _values(path: Path) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
     return {node.name: (tuple(node.input), tuple(node.output)) for node in proto.graph.node}
 
 
-def _read(
+def read_events(
     events: list[dict[str, Any]], values: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 ) -> Profile:
     """Kernels from the events of ONNX Runtime's profiler; times are microseconds there."""
@@ -283,8 +283,9 @@ def _read(
     shapes: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {}
     between: list[int] = []
     running = 0
-    for event in sorted(events, key=lambda event: int(event["ts"]) + int(event["dur"])):
-        if event["name"] == "model_run":  # it ends after its kernels
+    # A run ends after its kernels, and may do so in the same microsecond.
+    for event in sorted(events, key=lambda e: (int(e["ts"]) + int(e["dur"]), e["name"] == "model_run")):
+        if event["name"] == "model_run":
             between.append(event["dur"] - running)
             running = 0
         if event.get("cat") != "Node" or not event["name"].endswith(suffix):
