@@ -50,7 +50,11 @@ LEAST_DAMPING = 1e-9
 
 @dataclass(frozen=True)
 class Reader:
-    """A linear map that reads units."""
+    """A linear map that reads units.
+
+    Where its bias can take up a change of the mean, ``gram`` is of the inputs less their means, and the errors are
+    those with the best bias.
+    """
 
     gram: Floats  #: [d, d] Gram matrix of its inputs
     weight: Floats  #: [d, m]
@@ -93,7 +97,7 @@ def remove_greedily(
         The order, the errors and the weights.
 
     Raises:
-        ValueError: The arguments do not fit each other, or a Gram matrix is not finite.
+        ValueError: The arguments do not fit each other, or a number in them is not finite.
     """
     units = _units(readers)
     blocks = [np.arange(units)] if blocks is None else [np.asarray(block, dtype=np.int64) for block in blocks]
@@ -159,8 +163,8 @@ def corrected_weight(reader: Reader, removed: Ints, *, damping: float = 0.0) -> 
 
 def _units(readers: Sequence[Reader]) -> int:
     """Number of units, once the readers agree on it."""
-    if not readers:
-        raise ValueError("no reader: nothing tells the units apart")
+    if not readers or len(readers[0].features) == 0:
+        raise ValueError("no reader, or no unit that it reads: nothing to choose by")
     units = len(readers[0].features)
     for reader in readers:
         d = len(reader.gram)
@@ -172,6 +176,8 @@ def _units(readers: Sequence[Reader]) -> int:
         owned = np.concatenate([np.asarray(part, dtype=np.int64) for part in reader.features])
         if len(np.unique(owned)) < len(owned) or (len(owned) and not 0 <= owned.min() <= owned.max() < d):
             raise ValueError(f"features must have one owner each and lie in 0 to {d - 1}")
+        if not np.isfinite(reader.weight).all() or not reader.scale >= 0:
+            raise ValueError("a weight that is not finite, or a scale below zero")
     return units
 
 
@@ -331,7 +337,7 @@ class _State:
             return
         late = self.pending[: self.filled]
         cross = self.inverse[rows] - late[:, rows].T @ late
-        factor = scipy.linalg.cholesky(cross[:, rows], lower=True, check_finite=False)
+        factor, _ = damped_factor(cross[:, rows], 0.0)
         cross = scipy.linalg.solve_triangular(factor, cross, lower=True, check_finite=False)
         weight = scipy.linalg.solve_triangular(factor, self.weight[rows], lower=True, check_finite=False)
         self.weight = _less(self.weight, cross, weight)

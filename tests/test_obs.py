@@ -244,6 +244,20 @@ def test_many_removals_stay_exact() -> None:
         )
 
 
+@pytest.mark.parametrize("samples", [3, 20, 100])
+def test_fewer_samples_than_features(samples: int) -> None:
+    """Float32 statistics of low rank, scales that differ by millions, twins and dead inputs: no digit is lost."""
+    rng = np.random.default_rng(samples)
+    x = rng.standard_normal((samples, 300)) * rng.lognormal(0, 3, 300)
+    x[:, :30], x[:, 60:90] = x[:, 30:60], 0.0
+    x = x.astype(np.float32)
+    part = Reader(x.T @ x, rng.standard_normal((300, 5)), list(np.arange(300).reshape(100, 3)))
+    removal = remove_greedily([part], 0)
+    for count in (30, 60, 80, 90, 99):
+        wanted = reconstruction_error([part], removal.order[:count])
+        assert removal.errors[count - 1] == pytest.approx(wanted, rel=1e-4)
+
+
 def test_same_result_each_time() -> None:
     parts = [part for part, _ in some_readers(3)]
     assert np.array_equal(remove_greedily(parts, 0).order, remove_greedily(parts, 0).order)
@@ -270,6 +284,12 @@ def test_readers_that_do_not_fit() -> None:
     units = [np.array([0]), np.array([1])]
     with pytest.raises(ValueError, match="no reader"):
         remove_greedily([], 0)
+    with pytest.raises(ValueError, match="no unit"):
+        remove_greedily([Reader(np.eye(2), np.ones((2, 1)), [])], 0)
+    with pytest.raises(ValueError, match="a weight that is not finite"):
+        remove_greedily([Reader(np.eye(2), np.full((2, 1), np.inf), units)], 0)
+    with pytest.raises(ValueError, match="a scale below zero"):
+        remove_greedily([Reader(np.eye(2), np.ones((2, 1)), units, np.nan)], 0)
     with pytest.raises(ValueError, match="do not fit"):
         remove_greedily([Reader(np.eye(2), np.ones((3, 1)), units)], 0)
     with pytest.raises(ValueError, match="do not fit"):
