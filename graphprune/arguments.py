@@ -181,7 +181,7 @@ def _budget_arguments(parser: argparse.ArgumentParser) -> None:
         "--scope",
         metavar="NAME",
         help="how a ratio or budget is spread: local, global, isomorphic, allocated"
-        " (default: local for ratios, allocated for budgets)",
+        " (default: allocated for budgets with --calib, else local)",
     )
     budget.add_argument(
         "--keep-at-least",

@@ -252,8 +252,8 @@ def _constant(op: Op, slot: int) -> bool:
     return tensor is not None and tensor.constant
 
 
-#: How the tensors of each op type are matrices: slots of activation, weight and bias, and the form; or why not; None for
-#: products of two activations.
+#: How the tensors of each op type are matrices: slots of activation, weight and bias, and the form; or why not; None
+#: for products of two activations.
 FORMS: dict[str, Callable[[Op, Mapping[str, Any]], Found]] = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
 
 

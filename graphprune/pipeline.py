@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -110,13 +111,14 @@ class Pruning:
                 graph = build_twin(original, settings.input_shapes)
                 loaded = load_calibration(calibration, graph, preprocess=preprocess, seed=settings.seed)
         self.calibration = loaded
-        if settings.dead:
-            base = self._without_dead(base)
-        if settings.blocks:
-            base = self._without_blocks(base)
-        if base.functions and loaded is not None and settings.cuts:
+        if base.functions and loaded is not None and (settings.cuts or settings.blocks):
             # Statistics are taken inside of functions, and repaired weights differ from call to call.
             base = _inline(base, {function.identifier() for function in base.functions.values()})
+        if settings.dead:
+            base = self._without_dead(base)
+        self._whole = base  # what the result is to answer like, position by position
+        if settings.blocks:
+            base = self._without_blocks(base)
         self.base = base
         with self._timed("analysis"):
             self.network = analyze_ir(copy(base), settings.input_shapes)
@@ -168,7 +170,7 @@ class Pruning:
     def repairs(self) -> bool:
         """True if what reads a cut is to be refitted."""
         if self.settings.repair is None:
-            return self.calibration is not None and self.settings.cuts
+            return self.calibration is not None and bool(self.settings.cuts or self.settings.blocks)
         return self.settings.repair
 
     def plan(self, budget: Budget | None = None) -> Plan:
@@ -271,11 +273,14 @@ class Pruning:
         """
         if pruned.report.repaired is None:
             self.verify(pruned, path)
-            return
-        from graphprune.verify import verify_repaired
+            if not self.settings.blocks:
+                return
+        from graphprune.verify import verify_sound
 
         with self._timed("verification"):
-            verify_repaired(pruned, calibration=self.calibration, seed=self.settings.seed, path=path)
+            verify_sound(
+                pruned, self._whole, calibration=self.calibration, seed=self.settings.seed, path=path
+            )
 
     def repair(self, pruned: Pruned) -> None:
         """Refit what reads a cut, in place; with inputs by least squares, without any by stored statistics."""
@@ -285,13 +290,26 @@ class Pruning:
             if self.calibration is None:
                 return
             done = repair(
-                pruned,
+                self._beside_whole(pruned),
                 self.calibration,
+                everywhere=self.settings.blocks > 0,
                 seed=self.settings.seed,
                 progress=lambda count, total: self._part("repair", count, total),
             )
         pruned.report.repaired = done
         pruned.report.notes += [f"{name} was not refitted: {reason}" for name, reason in done.skipped]
+
+    def _beside_whole(self, pruned: Pruned) -> Pruned:
+        """The pruned model beside the original with all its blocks: a repair makes up for those too."""
+        if not self.settings.blocks:
+            return pruned
+        whole = copy(self._whole)
+        made_by = {value.name: node for node in whole.graph for value in node.outputs if value.name}
+        counterparts = {
+            op: made_by.get(node.outputs[0].name) for op, node in pruned.node_of.items() if node.outputs
+        }
+        node_of = {op: node for op, node in counterparts.items() if node is not None}
+        return replace(pruned, original=whole, node_of=node_of)
 
 
 def finish(pruning: Pruning, drop: Drop | None = None, metric_data: object = None) -> Pruned:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from graphprune.calibration import Array, Calibration
 from graphprune.contractions import Contraction, find_contraction
 from graphprune.execution import Feeds, StagedRun
-from graphprune.graph import Op, Tensor
+from graphprune.graph import Op
 from graphprune.kernels.box import compact
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.refit import refit, training_error
@@ -101,7 +101,7 @@ class Repair:
         calibration: Calibration,
         *,
         damping: float = DAMPING,
-        everything: bool = False,
+        everywhere: bool = False,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -111,14 +111,14 @@ class Repair:
             pruned: A pruned model and its original; functions inlined.
             calibration: Inputs; labels are not needed.
             damping: Weight of the ridge toward the sliced weights.
-            everything: Refit all contractions behind the first cut rather than only those that read one.
+            everywhere: Refit all contractions rather than only those that read a cut: for changes that are no cuts.
             seed: For the choice of rows.
             progress: Called with (refits done, refits in all).
         """
         self.pruned = pruned
         self.masks = pruned.masks
         self.damping = damping
-        self.everything = everything
+        self.everywhere = everywhere
         self.report = RepairReport()
         self._calibration = calibration
         self._random = np.random.default_rng(seed)
@@ -143,12 +143,8 @@ class Repair:
 
     def _contractions(self, now: StagedRun, before: StagedRun) -> Iterator[tuple[Contraction, ir.Node]]:
         """Contractions to refit, with the original's node."""
-        reached: set[Tensor] = set(self.masks.changed())
         for op in self.pruned.network.analysis.graph.ops:
-            behind = any(tensor in reached for tensor in op.inputs if tensor is not None)
-            if behind:
-                reached.update(tensor for tensor in op.outputs if tensor is not None)
-            if not (behind if self.everything else self._reads_cut(op)):
+            if not (self.everywhere or self._reads_cut(op)):
                 continue
             found = find_contraction(op, attributes_now(op))
             if found is None:

@@ -55,6 +55,18 @@ class Selection:
             request = request.with_channels(0.5)  # any ratio: it says which groups may be cut at all
         return cuttable(self.network.analysis, self.network.groups, request)
 
+    @property
+    def scope(self) -> str:
+        """How a ratio or budget is spread.
+
+        Without inputs no curve can be measured, and shares of scores do not compare from group to group.
+        """
+        if self.settings.scope is not None:
+            return self.settings.scope
+        request = self.settings.request
+        ratio = request.channels or request.channels_for
+        return "local" if ratio or self._calibration is None else "allocated"
+
     def _evidence(self, step: str) -> Evidence:
         progress = self._progress
         return Evidence(
@@ -111,14 +123,14 @@ class Selection:
                 groups,
                 self.scores,
                 self.wanted,
-                settings.scope or "local",
+                self.scope,
                 settings.keep_at_least,
                 settings.request.round_to,
             )
         else:
             cost = self.cost(budget)
             limit = amount(budget, cost, self.network)
-            if (settings.scope or "allocated") == "allocated":
+            if self.scope == "allocated":
                 counts = allocate(groups, self.curves, cost, limit)
             else:
                 counts = uniform(
@@ -127,7 +139,7 @@ class Selection:
                     self.wanted,
                     cost,
                     limit,
-                    scope=settings.scope or "local",
+                    scope=self.scope,
                     keep_at_least=settings.keep_at_least,
                     round_to=settings.request.round_to,
                 )

@@ -22,7 +22,8 @@ class Settings:
         request: Which groups, by what ratio, and how sizes are rounded.
         budget: What the result may cost at most; the ratio of ``request`` is then not used.
         score: Name of the criterion; None: ``obs`` where there are calibration inputs, else ``l2``.
-        scope: How a ratio or budget is spread; None: ``local`` for ratios, ``allocated`` for budgets.
+        scope: How a ratio or budget is spread; None: ``allocated`` for budgets where there are calibration inputs, else
+            ``local``.
         keep_at_least: The fraction of each group that stays in any case.
         plan: Carry out this plan instead of choosing.
         repair: Refit what reads a cut; None: where something is cut and there are calibration inputs.

@@ -312,8 +312,9 @@ def verify(
         )
 
 
-def verify_repaired(
+def verify_sound(
     pruned: Pruned,
+    original: ir.Model,
     *,
     calibration: Calibration | None = None,
     seed: int = 0,
@@ -321,8 +322,11 @@ def verify_repaired(
 ) -> None:
     """Check a model whose cut was verified and whose weights were changed since: it is valid, loads, and answers.
 
+    Fills in how far its outputs are from the original's.
+
     Args:
-        pruned: The repaired model.
+        pruned: The model.
+        original: What it was made from.
         calibration: Inputs to run on (the first few); random ones otherwise.
         seed: For random inputs.
         path: The model as a file, if it has been written already.
@@ -337,8 +341,8 @@ def verify_repaired(
         if path is None:
             path = folder / "repaired.onnx"
             save(pruned.model, path)
-        check_valid(path, pruned.original)
-        save(pruned.original, folder / "original.onnx")
+        check_valid(path, original)
+        save(original, folder / "original.onnx")
         with _session(folder / "original.onnx", "the original") as session:
             expected = _run(session, feeds, "the original")
         with _session(path, "the repaired model") as session:
