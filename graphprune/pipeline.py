@@ -306,7 +306,7 @@ class Pruning:
         whole = copy(self._whole)
         made_by = {value.name: node for node in whole.graph for value in node.outputs if value.name}
         counterparts = {
-            op: made_by.get(node.outputs[0].name) for op, node in pruned.node_of.items() if node.outputs
+            op: made_by.get(node.outputs[0].name or "") for op, node in pruned.node_of.items() if node.outputs
         }
         node_of = {op: node for op, node in counterparts.items() if node is not None}
         return replace(pruned, original=whole, node_of=node_of)

@@ -24,7 +24,7 @@ from graphprune.execution import Feeds, StagedRun
 from graphprune.graph import Op
 from graphprune.kernels.box import compact
 from graphprune.kernels.gram import GramAccumulator
-from graphprune.kernels.refit import refit, training_error
+from graphprune.kernels.refit import matched_variance, refit, training_error
 from graphprune.layer_weights import LayerWeights, attributes_now, node_of, trimmed
 from graphprune.network import Pruned
 
@@ -102,6 +102,7 @@ class Repair:
         *,
         damping: float = DAMPING,
         everywhere: bool = False,
+        match_variance: bool = False,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
@@ -112,6 +113,9 @@ class Repair:
             calibration: Inputs; labels are not needed.
             damping: Weight of the ridge toward the sliced weights.
             everywhere: Refit all contractions rather than only those that read a cut: for changes that are no cuts.
+            match_variance: Scale each refitted output so that its variance is the original's, not only its mean: least
+                squares shrinks what it cannot explain. Off, since it did not help where it was measured
+                (benchmarks/README.md).
             seed: For the choice of rows.
             progress: Called with (refits done, refits in all).
         """
@@ -119,6 +123,7 @@ class Repair:
         self.masks = pruned.masks
         self.damping = damping
         self.everywhere = everywhere
+        self.match_variance = match_variance
         self.report = RepairReport()
         self._calibration = calibration
         self._random = np.random.default_rng(seed)
@@ -207,6 +212,8 @@ class Repair:
         fitted, shifts = [], []
         for gram, matrix, old in zip(grams, matrices, biases, strict=True):
             new, shift = refit(gram, matrix, old, intercept=place is not None, damping=self.damping)
+            if self.match_variance and place is not None:
+                new, shift = matched_variance(gram, new)
             shift = old if shift is None else shift
             errors += [
                 float(np.sum(training_error(gram, matrix, old))),

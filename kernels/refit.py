@@ -24,6 +24,8 @@ from graphprune.kernels.gram import GramAccumulator, Moments, damped_factor
 Float64 = npt.NDArray[np.float64]
 Floats = npt.NDArray[np.floating]
 
+#: An output's deviation is scaled at most so much to match another.
+MOST_SCALED = 4.0
 #: Dampings tried by `refit_validated`.
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -119,6 +121,25 @@ def refit_validated(
             return *refit(both, weight, bias, intercept=intercept, damping=damping), damping
         return *_with_bias(both, prior, bias, intercept), damping
     return *_with_bias(train, prior + change, bias, intercept), damping
+
+
+def matched_variance(gram: GramAccumulator, weight: Floats) -> tuple[Float64, Float64]:
+    """A map scaled, output by output, so that mean and variance over the samples are those of the wanted outputs.
+
+    Args:
+        gram: Statistics of inputs and wanted outputs.
+        weight: ``[d, m]``.
+
+    Returns:
+        float64 weight ``[d, m]`` and bias ``[m]``. Outputs whose variance is zero, or would have to grow more than
+        `MOST_SCALED` times, are scaled no further than that.
+    """
+    moments = gram.moments(centred=True)
+    prior = _checked(gram, weight, None)
+    variance = np.einsum("dm,dm->m", prior, moments.xx @ prior)
+    scale = np.sqrt(np.divide(moments.yy, variance, out=np.ones_like(variance), where=variance > 0))
+    scaled = prior * np.minimum(scale, MOST_SCALED)
+    return scaled, moments.y - moments.x @ scaled
 
 
 def training_error(gram: GramAccumulator, weight: Floats, bias: Floats | None) -> Float64:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphprune.kernels.gram import GramAccumulator
-from graphprune.kernels.refit import refit, refit_validated, training_error
+from graphprune.kernels.refit import matched_variance, refit, refit_validated, training_error
 
 Array = npt.NDArray[Any]
 
@@ -213,3 +213,19 @@ def test_shapes_that_do_not_fit() -> None:
         refit(GramAccumulator(6, 3), np.zeros((6, 3)), np.zeros(2))
     with pytest.raises(ValueError, match="no damping"):
         refit_validated(GramAccumulator(6, 3), GramAccumulator(6, 3), np.zeros((6, 3)), None, dampings=())
+
+
+def test_matched_variance_gives_the_moments_of_the_wanted_outputs() -> None:
+    random = np.random.default_rng(3)
+    x = random.standard_normal((500, 6)).astype(np.float32)
+    y = (x @ random.standard_normal((6, 3)) * [1.0, 2.0, 0.5] + random.standard_normal((500, 3))).astype(
+        np.float32
+    )
+    gram = GramAccumulator(6, 3)
+    gram.add(x, y)
+    fitted, _ = refit(gram, np.zeros((6, 3)), None)
+    weight, bias = matched_variance(gram, fitted)
+    made = x @ weight + bias
+    np.testing.assert_allclose(made.mean(axis=0), y.mean(axis=0), atol=1e-4)
+    np.testing.assert_allclose(made.std(axis=0), y.std(axis=0), rtol=1e-4)
+    assert (made.std(axis=0) > (x @ fitted).std(axis=0)).all()
