@@ -103,9 +103,7 @@ class Piece:
         self._session: onnxruntime.InferenceSession | None = None
 
     def _build(self, feeds: Mapping[str, Array]) -> onnx.ModelProto:
-        inputs = [
-            onnx.helper.make_tensor_value_info(name, _element_type(feeds[name]), None) for name in self.inputs
-        ]
+        inputs = [_input_info(name, feeds[name]) for name in self.inputs]
         graph = onnx.helper.make_graph(
             list(self._protos()),
             "piece",
@@ -168,10 +166,21 @@ def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
-def _element_type(array: Any) -> int:
-    if not isinstance(array, np.ndarray):
-        raise ModelError("a value between two pieces of the model is no tensor")
-    return int(ir.DataType.from_numpy(array.dtype))
+def _input_info(name: str, value: Any) -> onnx.ValueInfoProto:
+    """The declaration of an input that takes such values: tensors, and sequences of them, which are lists."""
+    if isinstance(value, list) and value and all(isinstance(item, np.ndarray) for item in value):
+        code = int(ir.DataType.from_numpy(value[0].dtype))
+        return onnx.helper.make_tensor_sequence_value_info(name, code, None)
+    if not isinstance(value, np.ndarray):
+        raise ModelError(f"{name!r} is no tensor: the model cannot be run piece by piece there")
+    return onnx.helper.make_tensor_value_info(name, int(ir.DataType.from_numpy(value.dtype)), None)
+
+
+def _bytes_of(value: Any) -> int:
+    """What a value takes in memory, as far as it consists of tensors."""
+    if isinstance(value, list):
+        return sum(map(_bytes_of, value))
+    return value.nbytes if isinstance(value, np.ndarray) else 0
 
 
 def constant_contents(model: ir.Model, value: ir.Value) -> Array:
@@ -250,9 +259,10 @@ class StagedRun:
     def _store(self, arrays: Mapping[str, Array]) -> Feeds:
         stored: Feeds = {}
         for name, array in arrays.items():
-            self._held += array.nbytes
-            if self._held > self._memory and array.nbytes > 1 << 16:
-                self._held -= array.nbytes
+            size = _bytes_of(array)
+            self._held += size
+            if self._held > self._memory and size > 1 << 16 and isinstance(array, np.ndarray):
+                self._held -= size
                 if self._folder is None:
                     self._folder = tempfile.TemporaryDirectory(prefix="graphprune-")
                 self._files += 1
@@ -271,7 +281,7 @@ class StagedRun:
             if path is not None:
                 Path(path).unlink(missing_ok=True)
         else:
-            self._held -= array.nbytes
+            self._held -= _bytes_of(array)
 
     def advance(self, position: int, keep: Iterable[str] = ()) -> None:
         """Run all nodes before ``position`` that have not been run.
