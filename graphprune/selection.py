@@ -51,7 +51,7 @@ class Selection:
     def wanted(self) -> list[float | None]:
         """The ratio for each group; None where it may not be cut."""
         request = self.settings.request
-        if self.settings.budget is not None and not request.channels:
+        if not (request.channels or request.channels_for):
             request = request.with_channels(0.5)  # any ratio: it says which groups may be cut at all
         return cuttable(self.network.analysis, self.network.groups, request)
 
