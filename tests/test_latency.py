@@ -20,13 +20,14 @@ from graphprune.cost import counted_ops, mac_terms
 from graphprune.costs import CostModel, LatencyCost, LatencyTable, Widths, compare, measure
 from graphprune.costs.attribution import name_nodes, stems_of
 from graphprune.costs.cache import VARIABLE, Cache, default_folder, machine
-from graphprune.costs.latency import Curve, channel_block, measure_layer, profile_network, random_feeds
+from graphprune.costs.latency import Curve, channel_block, measure_layer, profile_network
 from graphprune.costs.layers import Cut, Layer, layer_of, points_of
 from graphprune.costs.timing import Kernel, Profile, median_ratio, median_time, profile, read_events
 from graphprune.errors import ModelError
 from graphprune.model import as_ir
 from graphprune.network import Network
 from graphprune.pipeline import analyze_ir
+from graphprune.verify import random_feeds
 from tests.patterns import PATTERNS, Pattern
 from tests.twins import parse
 
@@ -109,7 +110,7 @@ def test_pairs_alternate_their_order() -> None:
 
 def test_whole_networks_run(tmp_path: Path) -> None:
     network = convs()
-    feeds = random_feeds(network)
+    feeds = random_feeds(network.analysis.graph, 0)
     assert measure(network.model, feeds, 2, threads=1) > 0
     assert (
         compare(network.model, network.model, {**feeds, "none of its inputs": feeds["x"]}, 2, threads=1) > 0
@@ -152,6 +153,7 @@ def test_events_are_read_run_by_run() -> None:
     assert seen.kernels[0].input_shapes == ((1, 8), (8, 8))
     assert seen.between == pytest.approx(20e-6)
     assert seen.seconds == pytest.approx(50e-6)
+    assert seen.typical == pytest.approx(85e-6)
 
 
 # -- which op a kernel stems from ---------------------------------------------------------------------------------
@@ -160,8 +162,8 @@ def test_events_are_read_run_by_run() -> None:
 def test_every_contraction_is_found_among_the_kernels_of_onnx_runtime() -> None:
     """Whatever it fuses and renames: each product's time is put down to the op that it is."""
     network = convs()
-    seen, seconds = profile_network(network, None, 1)
-    assert seconds > 0
+    seen = profile_network(network, None, 1)
+    assert 0 < seen.seconds <= seen.typical
     assert all(kernel.seconds > 0 for kernel in seen.kernels)
     sums = [stem.op for stem in stems_of(network, seen.kernels) if stem.sums]
     expected = [op for op in counted_ops(network.analysis) if mac_terms(op, network.analysis)]
@@ -177,7 +179,7 @@ def products(names: str) -> list[Pattern]:
 )
 def test_every_product_of_a_pattern_is_found(pattern: Pattern) -> None:
     network = analyze_ir(as_ir(pattern.build().model)[0], pattern.input_shapes)
-    seen, _ = profile_network(network, pattern.build().feeds, 1)
+    seen = profile_network(network, pattern.build().feeds, 1)
     stems = stems_of(network, seen.kernels)
     known = {stem.op for stem in stems if stem.sums} | {op for stem in stems for op in stem.among}
     missing = {
@@ -434,14 +436,13 @@ def test_a_disturbed_point_is_put_right_by_the_wider_one(tmp_path: Path) -> None
 # -- the cost -----------------------------------------------------------------------------------------------------
 
 
-def profiler(network: Network, feeds: object, threads: int) -> tuple[Profile, float]:
+def profiler(network: Network, feeds: object, threads: int) -> Profile:
     """Every node is a kernel of a millisecond, but the cheapest of a tenth; a tenth lies between; runs take double."""
     kernels = [
         Kernel(f"gp{i}_{node.op_type}", node.op_type, 1e-4 if node.op_type == "Flatten" else 1e-3)
         for i, node in enumerate(network.model.graph.all_nodes())
     ]
-    seen = Profile(tuple(kernels), 1e-4)
-    return seen, 2 * seen.seconds
+    return Profile(tuple(kernels), 1e-4, 2 * (1e-4 + sum(kernel.seconds for kernel in kernels)))
 
 
 def made_up(network: Network, folder: Path, **options: object) -> LatencyCost:

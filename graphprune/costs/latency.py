@@ -16,28 +16,26 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from graphprune.cost import mac_terms
 from graphprune.costs.attribution import Stem, name_nodes, stems_of
 from graphprune.costs.cache import Cache, machine
 from graphprune.costs.layers import Cut, Layer, layer_of
 from graphprune.costs.models import PolynomialCost, Term, bytes_each
-from graphprune.costs.timing import Feeds, Profile, measure, profile, stored
+from graphprune.costs.timing import Feeds, Profile, profile, stored
 from graphprune.costs.widths import Floats, Kept, Widths
 from graphprune.errors import ModelError
-from graphprune.measure import random_input
 
 if TYPE_CHECKING:
     from graphprune.network import Network
 
 #: Times of a layer at points: float seconds, one a point.
 Measurer: TypeAlias = Callable[[Layer, Sequence[tuple[int, ...]], int], list[float]]
-#: Runs a network: its profile, and the median time of a run.
-Profiler: TypeAlias = Callable[["Network", "Feeds | None", int], tuple[Profile, float]]
+#: Runs a network kernel by kernel, on inputs or random ones, with so many threads.
+Profiler: TypeAlias = Callable[["Network", "Feeds | None", int], Profile]
 Progress: TypeAlias = Callable[[int, int], None]
 
 #: Seconds that measuring one layer at all its widths may take, and the most runs of them.
@@ -45,7 +43,7 @@ LAYER_SECONDS, LAYER_RUNS = 0.8, 40
 #: Elements of all weights and inputs that are measured together.
 CHUNK_ELEMENTS = 1 << 26
 #: Runs of the whole network, and the seconds after which no more are begun.
-NETWORK_RUNS, NETWORK_SECONDS = 30, 15.0
+NETWORK_RUNS, NETWORK_SECONDS = 40, 8.0
 
 
 def measure_layer(layer: Layer, points: Sequence[tuple[int, ...]], threads: int) -> list[float]:
@@ -231,7 +229,7 @@ class LatencyCost(PolynomialCost):
         widths: Shared among the costs of one network.
         round_to: What groups will keep multiples of, as in :class:`graphprune.choose.Request`.
         feeds: Inputs for the run; random ones at the twin's sizes if None.
-        profiler: Runs the network and gives its profile and the median time of a run; tests give their own.
+        profiler: Runs the network; tests give their own.
         progress: Called with the number of kernels done and of all.
 
     Attributes:
@@ -258,7 +256,8 @@ class LatencyCost(PolynomialCost):
         widths = widths or Widths(network)
         self.table = table or LatencyTable()
         self.notes: list[str] = []
-        seen, self.measured = (profiler or profile_network)(network, feeds, self.table.threads)
+        seen = (profiler or profile_network)(network, feeds, self.table.threads)
+        self.measured = seen.typical
         # The parts add up to what was measured: other processes slow all of them alike.
         self._scale = self.measured / max(seen.seconds, 1e-9)
         self._launch = min((kernel.seconds for kernel in seen.kernels), default=0.0)
@@ -360,35 +359,17 @@ def _shares(seconds: float, terms: Sequence[Term], widths: Widths) -> list[Term]
     return [Term(term.coefficient * seconds / whole, term.extents) for term in terms]
 
 
-def profile_network(network: Network, feeds: Feeds | None, threads: int) -> tuple[Profile, float]:
-    """Run a network kernel by kernel, and as a whole.
-
-    Returns:
-        The profile, with the names of :func:`name_nodes`; the median time of a run in seconds.
+def profile_network(network: Network, feeds: Feeds | None, threads: int) -> Profile:
+    """Run a network kernel by kernel, at the twin's sizes; nodes have the names of :func:`name_nodes`.
 
     Raises:
         ModelError: ONNX Runtime cannot run it.
     """
     from graphprune.model import copy
+    from graphprune.verify import random_feeds
 
     model = copy(network.model)
     name_nodes(model)
-    given = feeds if feeds is not None else random_feeds(network)
+    given = feeds if feeds is not None else random_feeds(network.analysis.graph, 0)
     with stored(model) as path:
-        seen = profile(path, given, runs=NETWORK_RUNS, seconds=NETWORK_SECONDS, threads=threads)
-        return seen, measure(path, given, NETWORK_RUNS, threads=threads, seconds=NETWORK_SECONDS)
-
-
-def random_feeds(network: Network) -> dict[str, npt.NDArray[Any]]:
-    """Random inputs at the sizes at which a network was analysed.
-
-    Raises:
-        ModelError: An input is no dense tensor of numbers.
-    """
-    feeds = {}
-    for tensor in network.analysis.graph.inputs:
-        kinds = {"FLOAT": "float", "DOUBLE": "double"}
-        name = tensor.dtype.name if tensor.dtype is not None else "?"
-        value = tensor.value.name if tensor.value is not None and tensor.value.name else tensor.name
-        feeds[value] = random_input(f"tensor({kinds.get(name, name.lower())})", tensor.shape)
-    return feeds
+        return profile(path, given, runs=NETWORK_RUNS, seconds=NETWORK_SECONDS, threads=threads)

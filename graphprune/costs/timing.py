@@ -61,10 +61,12 @@ class Profile:
     Attributes:
         kernels: In the order in which they run.
         between: Seconds of a run that lie between the kernels: the least of all runs.
+        typical: Seconds of a run: the median.
     """
 
     kernels: tuple[Kernel, ...]
     between: float
+    typical: float
 
     @property
     def seconds(self) -> float:
@@ -282,11 +284,13 @@ def read_events(
     times: dict[tuple[str, str], list[int]] = {}
     shapes: dict[tuple[str, str], tuple[tuple[int, ...], ...]] = {}
     between: list[int] = []
+    wholes: list[int] = []
     running = 0
     # A run ends after its kernels, and may do so in the same microsecond.
     for event in sorted(events, key=lambda e: (int(e["ts"]) + int(e["dur"]), e["name"] == "model_run")):
         if event["name"] == "model_run":
             between.append(event["dur"] - running)
+            wholes.append(event["dur"])
             running = 0
         if event.get("cat") != "Node" or not event["name"].endswith(suffix):
             continue
@@ -303,7 +307,8 @@ def read_events(
         for (name, op_type), seen in times.items()
         for made in [values.get(name, ((), ()))]
     )
-    return Profile(kernels, max(min(between, default=0), 0) * 1e-6)
+    least, typical = max(min(between, default=0), 0), median(wholes) if wholes else 0.0
+    return Profile(kernels, least * 1e-6, typical * 1e-6)
 
 
 def _first_line(error: Exception) -> str:
