@@ -4,8 +4,9 @@
     python models/train_digits.py
 
 Writes digits.onnx, digits_transformer.onnx, digits_test.npz and digits_calibration.npz beside this file, and prints the
-accuracy of each exported file, run by ONNX Runtime, on the held-out images. One thread, fixed seeds: on the same machine with the same
-versions the weights come out the same; elsewhere the last digits may differ. About two minutes on one core.
+accuracy of each exported file, run by ONNX Runtime, on the held-out images. One thread, fixed seeds: on the same
+machine with the same versions the weights come out the same; elsewhere the last digits may differ. About two minutes on
+one core.
 """
 
 from __future__ import annotations
