@@ -120,6 +120,7 @@ def sample_positions(graph: Graph, axes: Mapping[str, int], samples: int) -> dic
         flows = flows_of(op)
         if isinstance(flows, Refusal):
             flows = []
+        made: dict[Tensor, Labels] = {}
         for slot, tensor in borne:
             source = Operand(False, slot)
             for flow in flows:
@@ -127,20 +128,39 @@ def sample_positions(graph: Graph, axes: Mapping[str, int], samples: int) -> dic
                     continue
                 for target, carried in flow.push(atoms, source, found[tensor], op.name):
                     output = tensor_at(op, target)
-                    if not target.is_output or output is None:
-                        continue
-                    if output in found and not _agree(found[output], carried):
-                        return None
-                    found.setdefault(output, carried)
+                    if target.is_output and output is not None:
+                        known = _joined(made[output], carried) if output in made else carried
+                        if known is None:
+                            return None
+                        made[output] = known
         for output in op.outputs:
-            if output is None or output in found or output.data is not None:
+            if output is None or output.data is not None or not (output.uses or output.is_output):
                 continue
-            if output.uses or output.is_output:
+            whole = _filled(made[output]) if output in made else None
+            if whole is None:
                 return None
+            found[output] = whole
     if atoms.unions or bool(atoms.is_frozen(first).any()) or bool(atoms.is_statistical(first).any()):
         return None
     return {tensor: (labels - first[0]).astype(np.int32) for tensor, labels in found.items()}
 
 
-def _agree(left: Labels, right: Labels) -> bool:
-    return left.shape == right.shape and bool((left == right).all()) and bool(varying_axes(left))
+def _joined(left: Labels, right: Labels) -> Labels | None:
+    """What two operands say of a result, a piece each perhaps; None where they contradict each other."""
+    left, right = np.broadcast_arrays(left, right)
+    if ((left != right) & (left > 0) & (right > 0)).any():
+        return None
+    return np.where(left > 0, left, right).astype(np.int32)
+
+
+def _filled(labels: Labels) -> Labels | None:
+    """Labels with elements that bore none, because they come from constants, given that of their neighbours.
+
+    None where neighbours along no axis agree.
+    """
+    for axis, size in enumerate(labels.shape):
+        if size > 1:
+            top = labels.max(axis=axis, keepdims=True)
+            if ((labels == top) | (labels == 0)).all():
+                labels = top
+    return None if (labels == 0).any() or not varying_axes(labels) else labels

@@ -156,7 +156,7 @@ def _gather_nd(s: Site) -> Adjoints:
     return {0: s.e.op("ScatterND", [s.e.zeros(s.shape()), s.x(1), s.g], s.shape(), reduction="add")}
 
 
-@vjp("ScatterElements Scatter ScatterND")
+@vjp("ScatterElements ScatterND")
 def _scatter(s: Site) -> Adjoints:
     if s.attribute("reduction", "none") not in ("none", b"none"):
         raise NoGradientError("its reduction is not 'none'")

@@ -117,9 +117,7 @@ def standardise_vjp(g: Value, unit: Value, inverse: Value, axes: Sequence[int], 
     return (left - g.mean(axes) if centred else left) * inverse
 
 
-@vjp(
-    "LayerNormalization RMSNormalization SimplifiedLayerNormalization com.microsoft::SimplifiedLayerNormalization"
-)
+@vjp("LayerNormalization RMSNormalization SimplifiedLayerNormalization")
 def _layer_norm(s: Site) -> Adjoints:
     return _scaled_norm(s, s.x(), [0], 1, 2, s.g)
 
@@ -169,21 +167,18 @@ def _group_norm(s: Site) -> Adjoints:
     shape = s.shape()
     channels = shape[1]
     groups = int(s.attribute("num_groups", channels))
-    # Since opset 21 the scale is one number a channel, before one a group.
-    each = groups if s.op.op_type == "GroupNormalization" and s.op.version < 21 else channels
     split = (shape[0], groups, channels // groups * prod(shape[2:]))
     unit, inverse = standardised(s.x().reshape(split), [2], s.attribute("epsilon", 1e-5), centred=True)
-    unit = unit.reshape(shape)
-    wide = (1, each, channels // each) if each != channels else (1, channels, 1)
     found: dict[int, Value] = {}
     if s.wants(0):
-        scale = s.x(1).reshape((each, 1)).expand(wide[1:]).reshape((1, channels, *[1] * (len(shape) - 2)))
+        scale = s.x(1).reshape((channels, *[1] * (len(shape) - 2)))
         inner = (s.g * scale).reshape(split)
-        found[0] = standardise_vjp(inner, unit.reshape(split), inverse, [2], centred=True).reshape(shape)
-    for slot, part in ((1, s.g * unit), (2, s.g)) if s.wanted & {1, 2} else ():
-        if s.wants(slot):
-            by_channel = part.sum([0, *range(2, len(shape))], keepdims=False)
-            found[slot] = by_channel.reshape((each, channels // each)).sum([1], keepdims=False)
+        found[0] = standardise_vjp(inner, unit, inverse, [2], centred=True).reshape(shape)
+    others = [0, *range(2, len(shape))]
+    if s.wants(1):
+        found[1] = (s.g * unit.reshape(shape)).sum(others, keepdims=False)
+    if s.wants(2):
+        found[2] = s.g.sum(others, keepdims=False)
     return found
 
 
