@@ -141,11 +141,14 @@ class _Search:
     def _balance(self) -> bool:
         """In each group all blocks lose the same fraction, and keep something; true if a label was kept."""
         changed = False
+        coarser = np.zeros_like(self._dead)
         for group in sorted(self._groups, key=lambda g: (g.size, g.index)):
             if not self._dead[group.labels].any():
                 continue
             # Where heads go as a whole, their dimensions need not go as well.
-            covered = self._covered() if self._crossing[group.labels].any() else np.zeros_like(self._dead)
+            crossing = self._crossing[group.labels].any() and coarser.any()
+            covered = self._covered(coarser) if crossing else np.zeros_like(self._dead)
+            coarser[group.labels] = True
             self._dead[group.labels[covered[group.labels]]] = False
             blocks = [block for block in group.blocks if not covered[block].all()]
             dead = [block[self._dead[block]] for block in blocks]
@@ -168,12 +171,12 @@ class _Search:
                     changed = True
         return changed
 
-    def _covered(self) -> Bools:
-        """Labels of which every element goes with another label."""
+    def _covered(self, coarser: Bools) -> Bools:
+        """Labels of which every element goes with another label, one of those given."""
         met, left = np.zeros_like(self._dead), np.zeros_like(self._dead)
         for tensor in self._crossed:
             labellings = self._analysis.labellings(tensor)
-            gone = [self._dead[labels] for labels in labellings]
+            gone = [(self._dead & coarser)[labels] for labels in labellings]
             for i, labels in enumerate(labellings):
                 others = [g for j, g in enumerate(gone) if j != i]
                 by_others = others[0]

@@ -159,16 +159,24 @@ def put_in_place(model: ir.Model, folds: Sequence[Fold]) -> None:
         assert node is not None
         if fold.replaced is not None:
             what = "bias" if fold.bias is not None else "weight"
-            _set_input(node, fold.slot, splice.constant(node, f"{base_name(node)}_{what}", fold.replaced))
+            _set_constant(splice, node, fold.slot, what, fold.replaced)
         elif fold.bias is not None:
-            _add_behind(splice, node, fold.bias)
+            output = fold.op.outputs[0]
+            assert output is not None
+            assert output.dtype is not None
+            _add_behind(splice, node, fold.bias, output.dtype)
 
 
-def _set_input(node: ir.Node, slot: int, value: ir.Value) -> None:
+def _set_constant(splice: Splicer, node: ir.Node, slot: int, what: str, array: Array) -> None:
+    """Give an input new contents; an initializer that nobody else reads keeps its name."""
     if slot >= len(node.inputs):
         node.resize_inputs(slot + 1)
     old = node.inputs[slot]
-    node.replace_input_with(slot, value)
+    if old is not None and old.is_initializer() and not old.is_graph_input() and len(list(old.uses())) == 1:
+        old.const_value = ir.tensor(array, name=old.name)
+        old.shape = ir.Shape(array.shape)
+        return
+    node.replace_input_with(slot, splice.constant(node, f"{base_name(node)}_{what}", array))
     _discard(old)
 
 
@@ -188,11 +196,10 @@ def _discard(value: ir.Value | None) -> None:
             _discard(operand)
 
 
-def _add_behind(splice: Splicer, node: ir.Node, bias: Array) -> None:
+def _add_behind(splice: Splicer, node: ir.Node, bias: Array, dtype: ir.DataType) -> None:
     """Add to a result: into the constant that is added next, or by an Add of its own."""
     value = node.outputs[0]
-    dtype = value.dtype or (node.inputs[0].dtype if node.inputs[0] is not None else None)
-    array = bias if dtype is None else bias.astype(dtype.numpy())
+    array = bias.astype(dtype.numpy())
     uses = list(value.uses())
     if len(uses) == 1 and not value.is_graph_output():
         reader, slot = uses[0]
@@ -201,7 +208,7 @@ def _add_behind(splice: Splicer, node: ir.Node, bias: Array) -> None:
         if stored is not None and reader.graph is node.graph:
             old = stored.numpy()
             total = _shortest(old.astype(np.float64) + bias, old.ndim).astype(old.dtype)
-            _set_input(reader, 1 - slot, splice.constant(reader, f"{base_name(reader)}_bias", total))
+            _set_constant(splice, reader, 1 - slot, "bias", total)
             return
     constant = splice.constant(node, f"{base_name(node)}_bias", _shortest(array, 1))
     added = splice.insert(node, "Add", [value, constant], like=value, after=True)

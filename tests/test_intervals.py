@@ -32,11 +32,11 @@ def intervals_of(model: ir.Model, **ranges: tuple[float, float]) -> dict[str, tu
     return {t.name: (t, found.of(t)) for t in network.analysis.graph.tensors if not t.constant}
 
 
-def bounds_of(text: str, name: str = "y", **initializers: Array) -> Bounds:
-    """The bounds of one tensor of a model in ONNX's text format; inputs named ``u`` lie between 0 and 1."""
+def bounds_of(text: str, **initializers: Array) -> Bounds:
+    """The bounds of ``y`` in a model in ONNX text format; inputs named ``u`` lie between 0 and 1."""
     model = parse(text, **initializers)
     ranges = {"u": (0.0, 1.0)} if any(v.name == "u" for v in model.graph.inputs) else {}
-    return intervals_of(model, **ranges)[name][1]
+    return intervals_of(model, **ranges)["y"][1]
 
 
 def check(part: Bounds, found: Array, what: str) -> None:
