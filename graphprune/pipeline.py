@@ -173,10 +173,10 @@ class Pruning:
             return self.calibration is not None and bool(self.settings.cuts or self.settings.blocks)
         return self.settings.repair
 
-    def plan(self, budget: Budget | None = None) -> Plan:
+    def plan(self, budget: Budget | None = None, scope: str | None = None) -> Plan:
         """What to remove (see :meth:`Selection.plan`)."""
         with self._timed("choice"):
-            return self.selection.plan(budget)
+            return self.selection.plan(budget, scope)
 
     def cut(self, plan: Plan) -> Pruned:
         """Carry a plan out on a copy; nothing is verified or repaired yet.

@@ -111,26 +111,31 @@ class Selection:
             )
         return self._costs[budget.kind]
 
-    def kept(self, budget: Budget | None) -> list[int | None]:
+    def kept(self, budget: Budget | None, scope: str | None = None) -> list[int | None]:
         """For each group how many of its parts stay; None where it must not be cut.
+
+        Args:
+            budget: What the result may cost; None: the settings' ratio holds.
+            scope: Instead of the settings'.
 
         Raises:
             BudgetError: The budget is below what can be reached.
         """
         settings, groups = self.settings, self.network.groups
+        scope = scope or self.scope
         if budget is None:
             counts = keep_counts(
                 groups,
                 self.scores,
                 self.wanted,
-                self.scope,
+                scope,
                 settings.keep_at_least,
                 settings.request.round_to,
             )
         else:
             cost = self.cost(budget)
             limit = amount(budget, cost, self.network)
-            if self.scope == "allocated":
+            if scope == "allocated":
                 counts = allocate(groups, self.curves, cost, limit)
             else:
                 counts = uniform(
@@ -139,17 +144,18 @@ class Selection:
                     self.wanted,
                     cost,
                     limit,
-                    scope=self.scope,
+                    scope=scope,
                     keep_at_least=settings.keep_at_least,
                     round_to=settings.request.round_to,
                 )
         return [None if ratio is None else count for ratio, count in zip(self.wanted, counts, strict=True)]
 
-    def plan(self, budget: Budget | None = None) -> Plan:
+    def plan(self, budget: Budget | None = None, scope: str | None = None) -> Plan:
         """What to remove.
 
         Args:
             budget: Instead of the settings' own.
+            scope: Instead of the settings' own.
         """
         budget = budget if budget is not None else self.settings.budget
         network = self.network
@@ -158,7 +164,7 @@ class Selection:
         elif not self.settings.cuts and budget is None:
             removed = np.zeros(0, dtype=np.int32)
         else:
-            removed = choose(network.analysis, network.groups, self.scores, self.kept(budget))
+            removed = choose(network.analysis, network.groups, self.scores, self.kept(budget, scope))
         return make_plan(network.analysis, network.groups, removed)[0]
 
 
