@@ -6,8 +6,8 @@ Needs graphprune, torch, torchvision, timm, onnxscript and torch-pruning 1.6.1 i
 weights, biases and BatchNorm statistics; half of the output channels of their inner layers (those outside residual
 streams) are masked, and the network is exported by torch.onnx:
 
-weights   `torch.nn.utils.prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)`: filters are zero, but biases and
-          BatchNorm stay, so that masked channels hold constants
+weights   `torch.nn.utils.prune.ln_structured(layer, "weight", amount=0.5, n=2, dim=0)`: filters are zero, but biases
+          and BatchNorm stay, so that masked channels hold constants
 scales    the same channels, masked by hand at the BatchNorm's scale and bias (Network Slimming); where there is no
           BatchNorm, at weight and bias
 
@@ -212,9 +212,9 @@ def markdown(rows: list[Row]) -> str:
     lines = [
         "# Masked networks made small",
         "",
-        "`python benchmarks/dead.py`. Parameters and MACs left are fractions of the masked network's. The worst difference is"
-        " from the masked network, which graphprune must equal; torch-pruning does not claim to where masked channels hold"
-        " constants.",
+        "`python benchmarks/dead.py`. Parameters and MACs left are fractions of the masked network's. The worst"
+        " difference is from the masked network, which graphprune must equal; torch-pruning does not claim to where"
+        " masked channels hold constants.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|---" * len(HEADER) + "|",
