@@ -52,7 +52,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines += [f"- {key}: {value}" for key, value in results["facts"].items()]
     cells: Cells = results["cells"]
     for section in (_aims(cells), *(_network(cells, name) for name in TITLES), _method()):
-        lines += ["", *section]
+        if written := list(section):
+            lines += ["", *written]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -117,11 +118,11 @@ def _network(cells: Cells, name: str) -> Iterator[str]:
     for method, found in sorted(methods.items(), key=lambda item: _order(item[0], item[1])):
         tool, score, scope, repair = method
         kept = "repaired" if repair == "repair" else ""
-        times = [cell["seconds"] for cell in found.values() if "seconds" in cell and "metric" in cell]
+        times = [cell["cpu_seconds"] for cell in found.values() if "cpu_seconds" in cell and "metric" in cell]
         figures = [_cell(found.get(share), notes) for share in shares]
         seconds = f"{sum(times) / len(times):.0f}" if times else ""
         rows.append([tool, score, scope, kept, *figures, seconds])
-    header = ["tool", "score", "scope", "repair", *(f"{share:g}" for share in shares), "seconds"]
+    header = ["tool", "score", "scope", "repair", *(f"{share:g}" for share in shares), "CPU s"]
     yield from table(header, rows)
     if notes:
         yield ""
@@ -161,6 +162,6 @@ def _method() -> Iterator[str]:
     yield (
         "torch-pruning prunes the convolutions inside the blocks of a PyTorch twin whose logits agree with the file to "
         "1e-4: it does not follow the padded shortcuts. Its Taylor score takes the network's own predictions for "
-        "labels. onnxsim simplifies the model first, since its pruning expects BatchNormalization folded. *seconds* is "
-        "the time of one pruning, rivals' without their start and their search for the ratio."
+        "labels. onnxsim simplifies the model first, since its pruning expects BatchNormalization folded. *CPU s* is "
+        "that of one pruning, rivals' without their start and their search for the ratio."
     )
