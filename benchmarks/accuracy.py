@@ -11,7 +11,7 @@ Pillow and matplotlib; this interpreter holds graphprune. Four parts, chosen by 
 accuracy  every network of `accuracy_data.TASKS`, at several shares of the MACs, by graphprune's scores x {repair, none}
           x {allocated, uniform}
 rivals    torch-pruning and onnxsim on the same networks, at the ratio that reaches the same MACs
-latency   `latency=0.6`: what was promised against what is measured, runs in pairs
+latency   `latency=0.6`: what was foretold against what is measured, runs in pairs
 repair    seconds and peak memory of calibration and repair: ResNet-50, 224 x 224, 256 inputs
 
 Every method is given the same 512 unlabelled inputs. Cells are measured one by one, the telling ones first, and each is
@@ -24,6 +24,7 @@ import argparse
 import fnmatch
 import importlib.metadata
 import json
+import re
 import shlex
 import statistics
 import subprocess
@@ -430,8 +431,17 @@ def latency(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
 
 
 def predicted(report: Any) -> float:
-    """The share of the latency that the report promises."""
-    return float(report.latency_after / report.latency_before)
+    """The share of the latency that the tables of single layers foretold for what came out, from the report's notes.
+
+    Raises
+    ------
+    RuntimeError
+        where no note says it.
+    """
+    for note in report.notes:
+        if match := re.search(r"^latency: .*the tables said ([0-9.]+)", note):
+            return float(match[1])
+    raise RuntimeError("the report does not say what latency was foretold")
 
 
 def paired(

@@ -77,10 +77,10 @@ def _aims(cells: Cells) -> Iterator[str]:
     for name in ("resnet56", "resnet50"):
         cell = cells.get(f"{name}/latency/0.6", {})
         what = f"latency=0.6, {name}, one image"
-        aim_text = f"promised within {LATENCY:.0%} of measured"
+        aim_text = f"foretold within {LATENCY:.0%} of measured"
         if "measured" in cell:
             off = abs(cell["predicted"] / cell["measured"] - 1)
-            figures = f"promised {cell['predicted']:.3f}, measured {cell['measured']:.3f}"
+            figures = f"foretold {cell['predicted']:.3f}, measured {cell['measured']:.3f}"
             rows.append([what, aim_text, f"{figures} ({off:.1%} off)", _verdict(off <= LATENCY)])
         else:
             rows.append([what, aim_text, cell.get("error", "not measured"), ""])
