@@ -5,8 +5,8 @@
 
 One line of JSON to begin with, ``{"ready": true}`` or ``{"error": reason}``; then for each line ``{"ratio": 0.3, "out":
 "pruned.onnx"}`` that comes in, one line ``{"cpu_seconds": 1.2}`` or ``{"error": reason}`` goes out, and the pruned
-network lies in the file. So the caller finds the ratio that reaches a budget without a start of PyTorch for every trial.
-Nothing of graphprune is imported here.
+network lies in the file. So the caller finds the ratio that reaches a budget without a start of PyTorch for every
+trial. Nothing of graphprune is imported here.
 """
 
 from __future__ import annotations
