@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from statistics import median
 from time import perf_counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from graphprune.groups import Group
     from graphprune.network import Network
     from graphprune.plan import Plan
+    from graphprune.repair import RepairReport
     from graphprune.sensitivity import Curve
 
 #: Where stderr is no terminal, steps are named after this many seconds.
@@ -175,8 +177,10 @@ def print_report(report: Report, source: str, target: str, *, verified: bool) ->
     facts.add_row("groups", _counts(report))
     if report.output_change is not None:
         facts.add_row(
-            "largest output change", f"{report.output_change:.2g} of the output's scale, on random input"
+            "largest output change", f"{report.output_change:.2g} of the output's scale, on {report.inputs}"
         )
+    if report.repaired is not None and report.repaired.refitted:
+        facts.add_row("repaired", _repaired(report.repaired))
     if report.max_error is not None:
         facts.add_row(
             "error", f"[green]{report.max_error:.1e}[/] of the output's scale, against the masked original"
@@ -190,6 +194,18 @@ def print_report(report: Report, source: str, target: str, *, verified: bool) ->
     )
     notes = [f"[dim]note: {escape(note)}[/]" for note in report.notes]
     _show(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", table, facts, *notes)
+
+
+def _repaired(repaired: RepairReport) -> str:
+    """How many layers were refitted, and what that did to their errors."""
+    count = len(repaired.refitted)
+    layers = f"{count} layer{'' if count == 1 else 's'} refitted"
+    if any(each.before is None or each.after is None for each in repaired.refitted):
+        return layers
+    before, after = (
+        median(getattr(each, which) for each in repaired.refitted) for which in ("before", "after")
+    )
+    return f"{layers}; median error of their outputs {before:.2g} -> {after:.2g} of the variance"
 
 
 def _counts(report: Report) -> str:

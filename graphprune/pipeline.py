@@ -209,6 +209,7 @@ class Pruning:
             plan=made,
             bytes_before=file_size(self.original),
             input_shapes=network.input_shapes,
+            inputs="random input" if self.calibration is None else "calibration inputs",
             seconds=self.seconds,
             notes=self.notes + [f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
         )

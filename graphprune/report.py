@@ -22,8 +22,9 @@ class Report:
         groups: All coupling groups, frozen ones included.
         plan: What was removed.
         max_error: Largest difference from the masked original, relative to the output's scale; None if not verified.
-        output_change: Largest change of an output on random input against the original, relative to the output's
-            scale; None if not measured.
+        output_change: Largest change of an output against the original, relative to the output's scale; None if not
+            measured.
+        inputs: What it was measured on.
         repaired: What was refitted, layer by layer; None if nothing was.
         input_shapes: The sizes at which the network was analysed and compared.
         seconds: Wall time of each step.
@@ -40,6 +41,7 @@ class Report:
     bytes_after: int = 0
     max_error: float | None = None
     output_change: float | None = None
+    inputs: str = "random input"
     repaired: RepairReport | None = None
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class Report:
             ],
             "max_error": self.max_error,
             "output_change": self.output_change,
+            "inputs": self.inputs,
             "repaired": None if self.repaired is None else self.repaired.to_dict(),
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
             "seconds": self.seconds,
