@@ -31,8 +31,15 @@ Feeds: TypeAlias = dict[str, Array]
 MEMORY_LIMIT = 2 << 30
 
 
-def make_session(model: onnx.ModelProto | bytes | str, threads: int = 0) -> onnxruntime.InferenceSession:
+def make_session(
+    model: onnx.ModelProto | bytes | str, threads: int = 0, optimise: bool = True
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU.
+
+    Args:
+        model: The model, serialised or not, or its path.
+        threads: For each op; 0: as many as there are cores.
+        optimise: Let ONNX Runtime rewrite the model before it runs.
 
     Raises:
         ModelError: ONNX Runtime cannot load the model.
@@ -42,6 +49,8 @@ def make_session(model: onnx.ModelProto | bytes | str, threads: int = 0) -> onnx
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
+    if not optimise:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Memory is given back when a tensor dies: statistics and weights need it too.
     options.enable_cpu_mem_arena = False
     payload = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
@@ -154,10 +163,18 @@ class Piece:
             return {}
         if self._session is None:
             self._session = make_session(self._build(feeds))
+        arrays = {name: feeds[name] for name in self.inputs}
         try:
-            results = self._session.run(self.outputs, {name: feeds[name] for name in self.inputs})
-        except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot run the model: {str(error).splitlines()[0]}") from error
+            results = self._session.run(self.outputs, arrays)
+        except Exception:
+            # Some of its own rewrites make ops that it then refuses to run (MatMulIntegerToFloat of per-axis scales).
+            self._session = make_session(self._build(feeds), optimise=False)
+            try:
+                results = self._session.run(self.outputs, arrays)
+            except Exception as error:
+                raise ModelError(
+                    f"ONNX Runtime cannot run the model: {str(error).splitlines()[0]}"
+                ) from error
         return dict(zip(self.outputs, results, strict=True))
 
 

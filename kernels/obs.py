@@ -137,6 +137,7 @@ def reconstruction_error(readers: Sequence[Reader], removed: Ints, *, damping: f
             continue
         damped = _damped(reader, damping)
         weight = reader.weight[gone].astype(np.float64)
+        weight[reader.gram.diagonal()[gone] <= 0] = 0.0
         schur = damped[np.ix_(gone, gone)]
         if len(kept):
             cross = damped[np.ix_(kept, gone)]
@@ -292,8 +293,8 @@ class _State:
         ):  # errors are norms of sums of rows: a rotation of columns is free
             (triangle,) = scipy.linalg.qr(weight.T, mode="r", check_finite=False)
             weight = np.ascontiguousarray(triangle[: len(owned)].T)
-        if not reader.gram.any():  # its inputs are always zero, and nothing is lost with them
-            weight[:] = 0.0
+        # Nothing is lost with inputs that are always zero, whatever the damping would charge for their weights.
+        weight[reader.gram.diagonal()[owned] <= 0] = 0.0
         factor, _ = damped_factor(reader.gram.astype(np.float64, copy=False), max(damping, LEAST_DAMPING))
         inverse, _ = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
         diagonal = inverse.diagonal().copy()

@@ -86,7 +86,7 @@ def affine_fit(
     x, y = x.astype(np.float64), y.astype(np.float64)
     n, d = x.shape
     centred = x - x.mean(axis=0) if bias is None else x
-    penalty = damping * float(np.square(centred).sum()) / d
+    penalty = damping * float(np.square(centred).sum()) / max(d, 1)
     columns = np.c_[x, np.ones(n)] if bias is None else x
     target = y if bias is None else y - bias
     if penalty and prior is not None:
