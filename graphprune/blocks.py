@@ -129,6 +129,8 @@ def find_branches(network: Network | Analysis) -> list[Branch]:
       a mask is computed from token ids it counts as an input of its own.)
     * something on the way multiplies and accumulates: x + 0.04 x³ in a GELU is no branch.
 
+    It cannot be removed if something inside it is read elsewhere, or if it is all that the network computes.
+
     Branches lie inside each other where sums do; removing one removes those in it.
 
     Args:
@@ -152,6 +154,7 @@ class _Finder:
             for op in self._graph.ops
         ]
         self._above = self._ancestors()
+        self._working = sum(1 << op.index for op in self._graph.ops if self._works(op))
         self._sources, self._flow = self._signal()
         self._dominators: dict[Tensor, dict[Tensor | Op, Tensor | Op | None]] = {}
         self._readers = readers_of_values(self._graph)
@@ -279,7 +282,7 @@ class _Finder:
         if branch.is_normalised and (reason := _norm_obstacle(self._graph.model, branch)) is not None:
             return reason
         if all(each in dead for each in inside if self._works(each)):
-            return None
+            return self._emptied(op, dead)
         region = {*inside, op}
         for each in inside:
             for output in each.outputs:
@@ -291,6 +294,15 @@ class _Finder:
                     if reader not in region:
                         return f"{output.name!r} in it is read elsewhere, by {reader.kind} {reader.name!r}"
         return "its result is read twice by the sum"
+
+    def _emptied(self, op: Op, dead: set[Op]) -> str | None:
+        """A refusal if the branch is all that the network computes: an image plus its correction, say."""
+        gone = sum(1 << each.index for each in dead)
+        above = [self._above[t.producer.index] for t in self._graph.outputs if t.producer is not None]
+        behind = [bits for bits in above if bits >> op.index & 1]
+        if behind and not any(bits & ~gone & self._working for bits in behind):
+            return "it is all that the network computes: its input would be left"
+        return None
 
 
 def _is_sum(op: Op) -> bool:

@@ -50,7 +50,7 @@ ERROR_SAMPLES = 128
 #: The network's own outputs are remembered up to this many bytes, and computed again above.
 OUTPUT_BYTES = 512 << 20
 #: Random inputs, of the twin's sizes, where no calibration is given.
-RANDOM_RUNS = 8
+RANDOM_RUNS = 4
 
 
 @dataclass

@@ -112,9 +112,10 @@ def test_a_gelu_is_no_branch() -> None:
 def test_the_stream_twice_is_no_branch() -> None:
     model = parse(
         """agraph (float[2, 6] x) => (float[2, 6] y) {
-            f = MatMul(x, w)  s = Add(x, f)  twice = Add(s, x)  y = Add(twice, twice)
+            f = MatMul(x, w)  s = Add(x, f)  twice = Add(s, x)  more = Add(twice, twice)
+            y = MatMul(more, head)
         }""",
-        **weights("w"),
+        **weights("w head"),
     )
     assert pairs(model) == [("x", "f", "s")]
 
@@ -122,12 +123,14 @@ def test_the_stream_twice_is_no_branch() -> None:
 def test_a_moved_stream_is_the_stream() -> None:
     model = parse(
         """agraph (float[2, 6] x) => (float[2, 1, 6] y) {
-            f = MatMul(x, w)  g = Unsqueeze(f, one)  same = Identity(x)  s = Unsqueeze(same, one)  y = Add(g, s)
+            f = MatMul(x, w)  g = Unsqueeze(f, one)  same = Identity(x)  s = Unsqueeze(same, one)
+            t = Add(g, s)  y = MatMul(t, eye)
         }""",
         one=np.array([1]),
+        eye=np.eye(WIDTH, dtype=np.float32),
         **weights("w"),
     )
-    assert pairs(model) == [("s", "g", "y")]
+    assert pairs(model) == [("s", "g", "t")]
     remove_blocks(model, 1, calibration=calibration(2))
     x = np.ones((2, WIDTH), np.float32)
     np.testing.assert_array_equal(run(model, {"x": x})["y"], x[:, None])
@@ -169,6 +172,19 @@ def test_a_branch_that_holds_an_output_cannot_be_removed() -> None:
     )
     (branch,) = found(model)
     assert branch.obstacle == "'h' in it is an output of the network"
+
+
+def test_a_branch_that_is_the_whole_network_cannot_be_removed() -> None:
+    # An image plus its correction: it hardly changes the image, and is all there is.
+    model = parse(
+        """agraph (float[2, 6] x) => (float[2, 6] y) {
+            a = MatMul(x, w)  b = MatMul(a, v)  t = Add(a, b)  f = MatMul(t, u)  y = Add(x, f)
+        }""",
+        **weights("w v u"),
+    )
+    inner, outer = found(model)
+    assert inner.obstacle is None
+    assert outer.obstacle == "it is all that the network computes: its input would be left"
 
 
 def test_a_branch_in_a_loop_cannot_be_removed() -> None:

@@ -88,15 +88,16 @@ def test_error_is_the_change_of_the_outputs() -> None:
 def test_error_of_outputs_that_are_not_real_is_the_share_that_changes() -> None:
     model = parse(
         """agraph (float[N, 6] x) => (int64[N] y) {
-            f = MatMul(x, w)  s = Add(x, f)  y = ArgMax<axis = 1, keepdims = 0>(s)
+            f = MatMul(x, w)  s = Add(x, f)  h = MatMul(s, head)
+            y = ArgMax<axis = 1, keepdims = 0>(h)
         }""",
-        **weights("w"),
+        **weights("w head"),
     )
-    w = weights("w")["w"]
+    w, head = weights("w head").values()
     inputs = calibration(64)
     x = np.asarray(inputs.inputs["x"])
     (score,) = measure_branches(ResidualNetwork.of(model), inputs, by="error").values()
-    assert score == np.mean((x + x @ w).argmax(1) != x.argmax(1))
+    assert score == np.mean(((x + x @ w) @ head).argmax(1) != (x @ head).argmax(1))
     assert 0 < score < 1
 
 
