@@ -45,8 +45,12 @@ import graphprune
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import TASKS, Shapes, Task, session
 from benchmarks.speed import machine, run
+from graphprune.budget import Budget
 from graphprune.cost import macs, parameters
+from graphprune.model import as_ir
+from graphprune.pipeline import Pruning
 from graphprune.scores import SCORES
+from graphprune.settings import Settings as PruneSettings
 
 HERE = Path(__file__).resolve().parent
 #: What is measured of one method on one network at one share of the MACs.
@@ -192,26 +196,43 @@ def judged(tasks: Tasks, task: Task, path: Path) -> Result:
 
 
 # ---------------------------------------------------------------------------------------------------- graphprune
-def prune(task: Task, cell: Cell, out: Path, seed: int) -> Result:
-    """graphprune's part of a cell: writes the file; gives the seconds of each step."""
-    import onnx_ir as ir
+class Prunings:
+    """Networks on their way, one a network and score: cells of one score share its scores and curves.
 
-    start, cpu_start = time.perf_counter(), time.process_time()
-    pruned, report = graphprune.prune(
-        str(task.source),
-        macs=cell.macs,
-        score=cell.score,
-        scope="local" if cell.scope == "uniform" else cell.scope,
-        calibration=task.calibration,
-        repair=cell.repair,
-        input_shapes=task.input_shapes,
-        seed=seed,
-    )
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    ir.save(pruned, out)
-    steps = {step: round(value, 2) for step, value in report.seconds.items()}
-    times = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "steps": steps}
-    return times | {"notes": report.notes}
+    The seconds of a cell are its own; what is shared is in those of the first cell that needed it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._made: dict[tuple[str, str], Pruning] = {}
+
+    def _pruning(self, task: Task, score: str) -> Pruning:
+        if (task.name, score) not in self._made:
+            for key in [key for key in self._made if key[0] != task.name]:
+                del self._made[key]  # large networks are not held together
+            source, _ = as_ir(str(task.source))
+            chosen = PruneSettings(score=score, input_shapes=task.input_shapes, repair=True, seed=self._seed)
+            self._made[task.name, score] = Pruning(source, chosen, calibration=task.calibration)
+        return self._made[task.name, score]
+
+    def prune(self, task: Task, cell: Cell, out: Path) -> Result:
+        """graphprune's part of a cell: writes the file; gives the seconds of each step."""
+        import onnx_ir as ir
+
+        start, cpu_start = time.perf_counter(), time.process_time()
+        pruning = self._pruning(task, cell.score)
+        pruning.seconds.clear()
+        scope = "local" if cell.scope == "uniform" else cell.scope
+        pruned = pruning.cut(pruning.plan(Budget("macs", cell.macs), scope))
+        pruning.verify(pruned)
+        if cell.repair:
+            pruning.repair(pruned)
+        pruning.check(pruned)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+        ir.save(pruned.model, out)
+        steps = {step: round(value, 2) for step, value in pruning.seconds.items()}
+        times = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "steps": steps}
+        return times | {"notes": pruned.report.notes}
 
 
 # -------------------------------------------------------------------------------------------------------- rivals
@@ -363,11 +384,12 @@ def accuracy(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
     baselines(
         ledger, tasks, [n for n in TASKS if any(ledger.wants(c.key) for c in cells() if c.network == n)]
     )
+    prunings = Prunings(settings.seed)
     for cell in cells():
         if ledger.wants(cell.key):
             out = settings.folder / "pruned.onnx"
             with ledger.cell(cell.key) as found:
-                found |= prune(tasks[cell.network], cell, out, settings.seed)
+                found |= prunings.prune(tasks[cell.network], cell, out)
                 found |= judged(tasks, tasks[cell.network], out)
 
 
