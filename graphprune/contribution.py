@@ -38,6 +38,10 @@ ZERO_POINTS: dict[str, tuple[Product, int]] = {
 }
 
 
+#: These read how large an operand is, not what is in it.
+READ_NO_ELEMENT = frozenset(["Shape", "Size"])
+
+
 class Step(Protocol):
     """One op that sums over something."""
 
@@ -77,7 +81,7 @@ class Reading:
     def of(op: Op, analysis: Analysis, intervals: Intervals, candidates: Bools) -> Iterator[Step]:
         """The readings of one op: one for a product, else one for each operand that is summed over."""
         flows = analysis.flows[op.index]
-        if isinstance(flows, Refusal):
+        if isinstance(flows, Refusal) or op.kind in READ_NO_ELEMENT:
             return
         for flow in flows:
             if not isinstance(flow, SignatureFlow):
