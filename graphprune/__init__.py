@@ -14,7 +14,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 from graphprune.errors import (
+    BudgetError,
     GraphPruneError,
+    MetricError,
     ModelError,
     NothingToPruneError,
     OptionError,
@@ -25,44 +27,55 @@ from graphprune.errors import (
 
 if TYPE_CHECKING:
     from graphprune.analysis import Analysis as Analysis
+    from graphprune.calibration import Calibration as Calibration
+    from graphprune.calibration import load_calibration as load_calibration
     from graphprune.coupling import coupling_graph as coupling_graph
     from graphprune.groups import Group as Group
     from graphprune.network import Network as Network
     from graphprune.pipeline import analyze as analyze
     from graphprune.pipeline import prune as prune
     from graphprune.plan import Plan as Plan
+    from graphprune.preprocess import Preprocess as Preprocess
     from graphprune.report import Report as Report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Analysis",
+    "BudgetError",
+    "Calibration",
     "GraphPruneError",
     "Group",
+    "MetricError",
     "ModelError",
     "Network",
     "NothingToPruneError",
     "OptionError",
     "Plan",
     "PlanError",
+    "Preprocess",
     "Report",
     "RuleError",
     "VerificationError",
     "__version__",
     "analyze",
     "coupling_graph",
+    "load_calibration",
     "prune",
 ]
 
 # The home module of each lazy name; the imports under TYPE_CHECKING say the same to type checkers.
 _HOMES = {
     "Analysis": "graphprune.analysis",
+    "Calibration": "graphprune.calibration",
     "Group": "graphprune.groups",
     "Network": "graphprune.network",
     "Plan": "graphprune.plan",
+    "Preprocess": "graphprune.preprocess",
     "Report": "graphprune.report",
     "analyze": "graphprune.pipeline",
     "coupling_graph": "graphprune.coupling",
+    "load_calibration": "graphprune.calibration",
     "prune": "graphprune.pipeline",
 }
 

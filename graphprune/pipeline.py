@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 Model = TypeVar("Model")
 Progress = Callable[[str], None]
 
+#: Fewer inputs than this are too few to measure and repair with.
+LEAST_SAMPLES = 8
+
 
 def analyze_ir(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Network:
     """Analyse an ``onnx_ir.Model``, which the result refers to.
@@ -109,7 +112,10 @@ class Pruning:
         if calibration is not None:
             with self._timed("calibration inputs"):
                 graph = build_twin(original, settings.input_shapes)
-                loaded = load_calibration(calibration, graph, preprocess=preprocess, seed=settings.seed)
+                least = LEAST_SAMPLES if settings.measures else 1
+                loaded = load_calibration(
+                    calibration, graph, preprocess=preprocess, seed=settings.seed, least=least
+                )
         self.calibration = loaded
         if base.functions and loaded is not None and (settings.cuts or settings.blocks):
             # Statistics are taken inside of functions, and repaired weights differ from call to call.

@@ -62,6 +62,15 @@ class Settings:
             raise OptionError(f"blocks is {self.blocks}; give a number of residual branches")
 
     @property
+    def measures(self) -> bool:
+        """True if calibration inputs, where there are some, serve more than verification."""
+        from graphprune.scores import find_score
+
+        score = "obs" if self.score is None else self.score
+        chosen = self.plan is None and self.cuts
+        return self.repair is not False or (chosen and find_score(score).needs != "weights")
+
+    @property
     def cuts(self) -> bool:
         """True if coupling groups are to be cut, beside dead positions and blocks."""
         return bool(

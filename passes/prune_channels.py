@@ -12,7 +12,7 @@ from graphprune.report import Report
 
 
 class PruneChannelsPass(ir.passes.InPlacePass):
-    """Removes channels, filters, heads and hidden units, with everything that is coupled to them.
+    """Removes channels, filters, heads and hidden units, with everything that is coupled to them, and repairs the rest.
 
     The model is changed only after a copy of it has been pruned and, unless ``verify=False``, compared with its
     masked original. A model with nothing to prune is left as it is, and the result says that nothing was modified.
@@ -47,9 +47,14 @@ class PruneChannelsPass(ir.passes.InPlacePass):
         """
         self.report = None
         try:
-            _, report = prune(model, self.channels, **self.options)
+            pruned, report = prune(model, self.channels, **self.options)
         except NothingToPruneError:
             return ir.passes.PassResult(model, modified=False)
-        apply_plan(model, report.plan, input_shapes=self.options.get("input_shapes"))
+        if report.repaired is None and not (self.options.get("dead") or self.options.get("blocks")):
+            apply_plan(model, report.plan, input_shapes=self.options.get("input_shapes"))
+        else:  # a plan is not all that was done
+            model.graph = pruned.graph
+            model.functions.clear()
+            model.functions.update(pruned.functions)
         self.report = report
         return ir.passes.PassResult(model, modified=True)

@@ -177,8 +177,8 @@ def product_energies(evidence: Evidence, labels: Labels, score: str) -> Scores:
     """What labels contribute to products of two activations, such as the queries and keys of attention.
 
     A product ``sum_d q_id k_jd`` loses ``q_id k_jd`` with label d: over all i and j that is ``|q_d|^2 |k_d|^2``.
-    Nothing can be corrected there, and products of different labels are taken to be uncorrelated. An operand alone counts with
-    its energy.
+    Nothing can be corrected there, and products of different labels are taken to be uncorrelated. An operand alone
+    counts with its energy.
 
     Args:
         evidence: The network and its inputs.
