@@ -163,5 +163,6 @@ def _method() -> Iterator[str]:
         "torch-pruning prunes the convolutions inside the blocks of a PyTorch twin whose logits agree with the file to "
         "1e-4: it does not follow the padded shortcuts. Its Taylor score takes the network's own predictions for "
         "labels. onnxsim simplifies the model first, since its pruning expects BatchNormalization folded. *CPU s* is "
-        "that of one pruning, rivals' without their start and their search for the ratio."
+        "the mean of the row's prunings: rivals' without their start and their search for the ratio; graphprune's with "
+        "scores and error curves only in the first cell of a score, since the others take them over."
     )
