@@ -21,7 +21,7 @@ import onnx_ir as ir
 from graphprune.calibration import Array, Calibration
 from graphprune.contractions import Contraction, find_contraction
 from graphprune.execution import Feeds, StagedRun
-from graphprune.graph import Op
+from graphprune.graph import Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.refit import matched_variance, refit, training_error
@@ -46,12 +46,13 @@ class Refitted:
 
     Attributes:
         name: The node's name.
-        before, after: Squared error of its output relative to the variance of the original's, on the calibration.
+        before, after: Squared error of its output relative to the variance of the original's, on the calibration; None
+            where nothing was measured.
     """
 
     name: str
-    before: float
-    after: float
+    before: float | None
+    after: float | None
 
 
 @dataclass
@@ -182,8 +183,10 @@ class Repair:
         if value is None or len(list(value.uses())) > 1:
             return "its weight is shared with another layer"
         bias = contraction.bias_tensor
-        if bias is not None and (not bias.constant or len(trimmed(bias.shape or ())) > 1):
+        if bias is not None and not _is_along_outputs(bias):
             return "its bias is no constant vector"
+        if contraction.bias is None and any(op.inputs[2:]):
+            return "it adds a constant that is no bias"
         return None
 
     # -- one refit --------------------------------------------------------------------------------------------------
@@ -328,6 +331,12 @@ class Repair:
         usable = np.abs(made.scale) > LEAST_SCALE * np.abs(made.scale).max()
         inverse = np.where(usable, 1 / np.where(usable, made.scale, 1), 0).astype(np.float32)
         return np.asarray((wanted - have) * inverse)
+
+
+def _is_along_outputs(bias: Tensor) -> bool:
+    """True if a bias is a constant with one number for each output, or one for all."""
+    shape = bias.shape or ()
+    return bias.constant and (trimmed(shape) == shape[-1:] or not trimmed(shape))
 
 
 def _name(value: ir.Value | None) -> str:

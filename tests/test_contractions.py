@@ -223,7 +223,7 @@ def test_half_precision_is_widened() -> None:
 
 
 def reason(text: str, **arrays: Array) -> Any:
-    graph = twin(text, **arrays)
+    graph = build_twin(parse(text, **arrays))
     (op,) = (op for op in graph.ops if op.op_type in ("Conv", "MatMul", "Relu"))
     return find_contraction(op)
 

@@ -174,7 +174,8 @@ def test_the_cost_of_the_first_is_that_of_the_best_correction(case: str) -> None
 def test_contributions_are_products_of_what_channels_add(case: str) -> None:
     draw, views, group = CASES[case]
     net = Net(draw)
-    expected = 0.0
+    size = net.group(group).size
+    expected = np.zeros((size, size))
     for rows, weight, owned in views(net):
         parts = [rows[:, features] @ weight[features] for features in owned]
         parts = [part - part.mean(axis=0) for part in parts]
