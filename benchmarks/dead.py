@@ -45,13 +45,13 @@ AMOUNT = 0.5
 #: Inner layers: what follows is a layer that reads them alone.
 INNER: dict[str, Callable[[str, Any], bool]] = {
     "resnet18": lambda name, _: name.startswith("layer") and name.endswith("conv1"),
-    "resnet50": lambda name, _: name.startswith("layer") and name.endswith(("conv1", "conv2")),
-    "vgg16_bn": lambda name, _: name.startswith("features"),
     "mobilenet_v2": lambda name, layer: (
         name.startswith("features") and layer.kernel_size == (1, 1) and layer.out_channels > layer.in_channels
         and name.count(".") == 4
     ),
     "deit_tiny_patch16_224": lambda name, _: name.endswith("mlp.fc1"),
+    "resnet50": lambda name, _: name.startswith("layer") and name.endswith(("conv1", "conv2")),
+    "vgg16_bn": lambda name, _: name.startswith("features"),
 }  # fmt: skip
 
 
@@ -249,7 +249,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 rows.append(trial(name, kind, Path(folder)))
             print(" | ".join(rows[-1].cells()), flush=True)
-    (options.out / "dead.md").write_text(markdown(rows), encoding="utf-8")
+            (options.out / "dead.md").write_text(markdown(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

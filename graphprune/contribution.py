@@ -207,7 +207,8 @@ class Contraction:
         output = op.outputs[0]
         self._gone_labels = list(self._placed_labels(views[2], output, analysis, summed=False))
         self._zero = [self._zeros(i) for i in range(2)]
-        #: Which operand is a constant that can be rewritten, None if neither.
+        self._held: Floats | None = None
+        #: Which operand is a constant, or holds constants where the other does; None if neither.
         self.weight = next((i for i in (1, 0) if (t := self.tensors[i]) is not None and t.constant), None)
         self.constants, self._why = self._constant_values()
 
@@ -283,27 +284,39 @@ class Contraction:
     def _constant_values(self) -> tuple[Floats | None, dict[int, str]]:
         """What the activation is where it is a constant whose share can be moved; NaN elsewhere.
 
-        Also why that of some labels cannot be.
+        Also why that of some labels cannot be. Where both operands are activations (the scores of attention), both must
+        hold constants.
         """
-        if self.weight is None or self.op.kind not in PRODUCTS:
+        if self.op.kind not in PRODUCTS or not all(self._intervals.finite(t) for t in self.tensors if t):
             return None, {}
-        side = 1 - self.weight
-        tensor, view, weight = self.tensors[side], self.views[side], self.tensors[self.weight]
-        if tensor is None or weight is None or tensor.constant or not self._intervals.finite(weight):
-            return None, {}
-        part = spread(self.flow, view, self._intervals.of(tensor))
-        if part is None or not part.finite or not part.fixed.any():
-            return None, {}
-        value = self._place(part.value, view)
-        own = tuple(self.factors.index(f) for f in view.factors if f not in self.views[self.weight].factors)
-        low, high = value.min(axis=own, keepdims=True), value.max(axis=own, keepdims=True)
-        uniform = np.where(low == high, low, np.nan)
+        if self.weight is None:
+            if self.kind.spatial:
+                return None, {}
+            values = [self._uniform(side)[0] for side in range(2)]
+            if values[0] is None or values[1] is None:
+                return None, {}
+            self.weight, self._held = 1, np.nan_to_num(values[1])
+            return np.where(np.isnan(values[1]), np.nan, values[0]), {}
+        uniform, differs = self._uniform(1 - self.weight)
         why: dict[int, str] = {}
-        differs = np.asarray(~np.isnan(low) & (low != high))
-        for labels in self._labels[side]:
-            reason = f"its constant at {self.op.name!r} is not the same everywhere"
+        reason = f"its constant at {self.op.name!r} is not the same everywhere"
+        for labels in self._labels[1 - self.weight]:
             why.update((label, reason) for label in labels_where(labels, differs).tolist())
         return uniform, why
+
+    def _uniform(self, side: int) -> tuple[Floats | None, Bools]:
+        """The constants of an activation, NaN where it holds none that all results see; and where that is why."""
+        tensor, view = self.tensors[side], self.views[side]
+        nowhere = np.zeros((1,) * len(self.factors), dtype=bool)
+        if tensor is None or tensor.constant:
+            return None, nowhere
+        part = spread(self.flow, view, self._intervals.of(tensor))
+        if part is None or not part.fixed.any():
+            return None, nowhere
+        value = self._place(part.value, view)
+        own = tuple(self.factors.index(f) for f in view.factors if f not in self.views[1 - side].factors)
+        low, high = value.min(axis=own, keepdims=True), value.max(axis=own, keepdims=True)
+        return np.where(low == high, low, np.nan), np.asarray(~np.isnan(low) & (low != high))
 
     # -- what is needed ----------------------------------------------------------------------------------------------
 
@@ -418,6 +431,8 @@ class Contraction:
     def weights(self) -> Floats:
         """The constant operand, with one axis a factor."""
         assert self.weight is not None
+        if self._held is not None:
+            return self._held
         tensor, view = self.tensors[self.weight], self.views[self.weight]
         assert tensor is not None
         placed = self.flow.spread(view, np.asarray(self._intervals.contents(tensor), dtype=np.float64))

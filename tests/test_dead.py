@@ -430,6 +430,22 @@ def test_query_and_key_dimensions_die_where_either_is_zero() -> None:
     assert size(model, "wq") == size(model, "wk") == (6, 9)
 
 
+def test_constants_that_meet_in_the_scores() -> None:
+    """Query and key rows are zero and leave their biases: each score gets the same number more."""
+    text = HEADS.replace("q = MatMul(x, wq)", "q0 = MatMul(x, wq)\n q = Add(q0, bq)")
+    text = text.replace("k = MatMul(x, wk)", "k0 = MatMul(x, wk)\n k = Add(k0, bk)")
+    biases = {"bq": whole(12, seed=6), "bk": whole(12, seed=7)}
+    wq, wk = (without(whole(6, 12, seed=i) * np.float32(0.1), 1, 1, 5, 9) for i in range(2))
+    report, model = shrunk(text, heads(wq=wq, wk=wk) | biases, exact=False)
+    assert size(model, "wq") == size(model, "wk") == (6, 9)
+    assert [(f.count, f.into) for f in report.folded] == [(3, "bias")]
+    one = (
+        heads(wq=wq) | biases
+    )  # the keys differ from place to place, and so does what they are multiplied with
+    _, model = shrunk(text, one, exact=False)
+    assert size(model, "wq") == (6, 12)
+
+
 def test_a_statistic_counts_zeros_too() -> None:
     """A zero channel under a LayerNorm is not dead: it is normalised with the others."""
     text = """g (float[2, 5] x) => (float[2, 3] y) {
