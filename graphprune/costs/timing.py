@@ -31,6 +31,8 @@ Clock: TypeAlias = Callable[[], float]
 
 #: Runs before the first that counts: memory is allocated, weights are packed, threads are started.
 WARM_UP = 3
+#: A profile takes at least so many runs, however long they take.
+LEAST_RUNS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,7 @@ def profile(
     Args:
         model: A small model, or the path of any.
         feeds: Inputs by name.
-        runs: How many runs at most, after those that warm up; 5 at least.
+        runs: How many runs at most, after those that warm up.
         seconds: After this time no further run is begun.
         threads: Threads within an op; 0: as many as ONNX Runtime takes.
         outputs: Also find out which values each kernel reads and makes.
@@ -258,7 +260,7 @@ def profile(
         start = time.perf_counter()
         try:
             for run in range(WARM_UP + runs):
-                if run >= WARM_UP + 5 and time.perf_counter() - start > seconds:
+                if run >= WARM_UP + LEAST_RUNS and time.perf_counter() - start > seconds:
                     break
                 session.run_with_iobinding(binding)
         except Exception as error:
