@@ -117,7 +117,10 @@ def sample_positions(graph: Graph, axes: Mapping[str, int], samples: int) -> dic
         borne = [(slot, t) for slot, t in enumerate(op.inputs) if t is not None and t in found]
         if not borne:
             continue
-        flows = flows_of(op)
+        try:
+            flows = flows_of(op)
+        except ValueError:  # the model's literals say otherwise than its inputs
+            return None
         if isinstance(flows, Refusal):
             flows = []
         made: dict[Tensor, Labels] = {}

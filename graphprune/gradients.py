@@ -40,7 +40,7 @@ import numpy.typing as npt
 import scipy.sparse
 
 from graphprune.calibration import Calibration
-from graphprune.errors import OptionError
+from graphprune.errors import GraphPruneError, OptionError
 from graphprune.gates import Gate, find_gates, free_labels, sample_positions
 from graphprune.graph import Graph, Tensor
 from graphprune.groups import Group
@@ -215,7 +215,10 @@ def _batch_size(task: _Task, calibration: Calibration, axes: Mapping[str, int], 
         name: tuple(2 if axes.get(name) == axis else n for axis, n in enumerate(array.shape))
         for name, array in feed.items()
     }
-    probe = twin_at(task.network, shapes)
+    try:
+        probe = twin_at(task.network, shapes)
+    except GraphPruneError:
+        return 1
     if sample_positions(probe, axes, 2) is None:
         return 1
     if batch is None:

@@ -17,19 +17,19 @@ Array = np.ndarray[Any, Any]
 # ONNX's reference implementation computes these in float32, whatever it is given.
 
 
-class Erf(OpRun):  # type: ignore[misc]
+class Erf(OpRun):
     def _run(self, x: Array) -> tuple[Array]:
         return (scipy.special.erf(x),)
 
 
-class Gelu(OpRun):  # type: ignore[misc]
+class Gelu(OpRun):
     def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
         if approximate == "tanh":
             return (x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),)
         return (x * scipy.special.ndtr(x),)
 
 
-class LayerNormalization(OpRun):  # type: ignore[misc]
+class LayerNormalization(OpRun):
     def _run(
         self,
         x: Array,
@@ -44,7 +44,7 @@ class LayerNormalization(OpRun):  # type: ignore[misc]
         return (middle / np.sqrt((middle**2).mean(axes, keepdims=True) + epsilon) * scale + bias,)
 
 
-class RMSNormalization(OpRun):  # type: ignore[misc]
+class RMSNormalization(OpRun):
     def _run(
         self, x: Array, scale: Array, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1
     ) -> tuple[Array]:
@@ -75,6 +75,6 @@ def in_runtime(model: onnx.ModelProto) -> Runner:
     return lambda feeds: list(session.run(None, {n: a for n, a in feeds.items() if n in names}))
 
 
-def slope(function: Callable[[Array], float], at: Array, along: Array, step: float) -> float:
+def slope(function: Callable[[Any], float], at: Array, along: Array, step: float) -> float:
     """The derivative of a function along a direction, by central differences."""
     return (function(at + step * along) - function(at - step * along)) / (2 * step)

@@ -80,7 +80,8 @@ CASES = [
     case("Celu", X, alpha=2.0),
     case("HardSigmoid", X, alpha=0.3, beta=0.4),
     case(f"{MS}::Gelu", X, runtime=True),
-    case(f"{MS}::QuickGelu", X, alpha=1.7, runtime=True),
+    case(f"{MS}::QuickGelu", X, runtime=True),
+    case(f"{MS}::QuickGelu", X, alpha=0.7, runtime=True),
     case(f"{MS}::BiasGelu", X, (4,), runtime=True),
     case(f"{MS}::FastGelu", X, (4,), runtime=True),
     case("Cast", X, to=TensorProto.DOUBLE),
@@ -327,13 +328,17 @@ def adjoint_of(model: onnx.ModelProto, x: Array) -> Array:
 
 def test_rounding_counts_as_the_identity() -> None:
     """Through a pair of QuantizeLinear and DequantizeLinear, as fine as its scale says."""
-    scale = {"s": np.float32(0.25), "z": np.int8(0), "w": np.float32(3)}
+    constants: dict[str, Array] = {
+        "s": np.asarray(0.25, np.float32),
+        "z": np.asarray(0, np.int8),
+        "w": np.asarray(3, np.float32),
+    }
     nodes = [
         helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
         helper.make_node("Mul", ["d", "w"], ["y"]),
     ]
-    model = chain(nodes, (2, 3), {name: np.asarray(array) for name, array in scale.items()})
+    model = chain(nodes, (2, 3), constants)
     np.testing.assert_allclose(adjoint_of(model, np.ones((2, 3), np.float32)), 3.0)
 
 
@@ -343,7 +348,7 @@ def test_ops_that_step_stop_gradients() -> None:
         helper.make_node("Floor", ["m"], ["f"]),
         helper.make_node("Add", ["f", "m"], ["y"]),
     ]
-    model = chain(nodes, (2, 3), {"w": np.float32([[2.0]])})
+    model = chain(nodes, (2, 3), {"w": np.full((1, 1), 2.0, np.float32)})
     np.testing.assert_allclose(adjoint_of(model, np.ones((2, 3), np.float32)), 2.0)
 
 

@@ -99,7 +99,8 @@ elementwise(
 )
 elementwise("Mish", _mish)
 elementwise(f"Gelu {MS}Gelu", _gelu)
-elementwise(f"Swish {MS}QuickGelu", lambda x, y, s: _silu(x, s.attribute("alpha", 1.0)))
+elementwise("Swish", lambda x, y, s: _silu(x, s.attribute("alpha", 1.0)))
+elementwise(f"{MS}QuickGelu", lambda x, y, s: _silu(x, s.attribute("alpha", 1.702)))
 constant(
     "Shape Size Sign Floor Ceil Round Equal Greater GreaterOrEqual Less LessOrEqual And Or Xor Not IsNaN IsInf"
     " ArgMax ArgMin NonZero OneHot Hardmax EyeLike ConstantOfShape RandomNormalLike RandomUniformLike Mod"
