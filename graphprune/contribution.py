@@ -17,6 +17,7 @@ from graphprune.intervals.contraction import PRODUCTS, Product, pads, spread, vi
 from graphprune.labels import Labels, varying_axes
 from graphprune.rules.registry import Refusal
 from graphprune.signature import View
+from graphprune.unread import Unread
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -78,10 +79,12 @@ class Reading:
     zero: Bools
 
     @staticmethod
-    def of(op: Op, analysis: Analysis, intervals: Intervals, candidates: Bools) -> Iterator[Step]:
+    def of(
+        op: Op, analysis: Analysis, intervals: Intervals, unread: Unread, candidates: Bools
+    ) -> Iterator[Step]:
         """The readings of one op: one for a product, else one for each operand that is summed over."""
         flows = analysis.flows[op.index]
-        if isinstance(flows, Refusal) or op.kind in READ_NO_ELEMENT:
+        if isinstance(flows, Refusal) or op.kind in READ_NO_ELEMENT or unread.all_of(op):
             return
         for flow in flows:
             if not isinstance(flow, SignatureFlow):
@@ -89,7 +92,7 @@ class Reading:
             found = _summed_operands(op, flow, analysis, candidates)
             if not found:
                 continue
-            product = Contraction.of(op, flow, analysis, intervals) if len(flows) == 1 else None
+            product = Contraction.of(op, flow, analysis, intervals, unread) if len(flows) == 1 else None
             slots = () if product is None else (product.kind.left, product.kind.right)
             if product is not None and any(slot in slots for slot, _, _ in found):
                 yield product
@@ -195,6 +198,7 @@ class Contraction:
         views: tuple[View, View, View],
         analysis: Analysis,
         intervals: Intervals,
+        unread: Unread,
     ) -> None:
         self.op, self.kind, self.flow, self.views = op, kind, flow, views
         self.factors = tuple(dict.fromkeys(f for view in views for f in view.factors))
@@ -206,6 +210,7 @@ class Contraction:
             self._labels.append(list(self._placed_labels(view, tensor, analysis, summed=True)))
         output = op.outputs[0]
         self._gone_labels = list(self._placed_labels(views[2], output, analysis, summed=False))
+        self._unread = self._unread_results(unread)
         self._zero = [self._zeros(i) for i in range(2)]
         self._held: Floats | None = None
         #: Which operand is a constant, or holds constants where the other does; None if neither.
@@ -213,7 +218,9 @@ class Contraction:
         self.constants, self._why = self._constant_values()
 
     @staticmethod
-    def of(op: Op, flow: SignatureFlow, analysis: Analysis, intervals: Intervals) -> Contraction | None:
+    def of(
+        op: Op, flow: SignatureFlow, analysis: Analysis, intervals: Intervals, unread: Unread
+    ) -> Contraction | None:
         """The contraction that an op is; None if it is none."""
         kind = MULTIPLIED.get(op.kind) or ZERO_POINTS.get(op.kind, (None, 0))[0]
         if kind is None or (op.op_type == "Einsum" and len(op.inputs) != 2):
@@ -224,7 +231,7 @@ class Contraction:
             return None
         if any(axis.factors is None for view in (*views, output) if view is not None for axis in view.axes):
             return None
-        return Contraction(op, kind, flow, (views[0], views[1], output), analysis, intervals)
+        return Contraction(op, kind, flow, (views[0], views[1], output), analysis, intervals, unread)
 
     def slot_of(self, side: int) -> int:
         """The input slot of the first or the second operand."""
@@ -249,6 +256,14 @@ class Contraction:
             own = _own(self.flow, view, labels, analysis, self.op)
             if own is not None and (own[0] in view.summed) == summed:
                 yield self._place(own[1], view)
+
+    def _unread_results(self, unread: Unread) -> Bools:
+        """Results that nothing depends on."""
+        output = self.op.outputs[0]
+        mask = None if output is None else self.flow.spread(self.views[2], unread.of(output))
+        if mask is None or any(self.op.outputs[1:]):
+            return np.zeros((1,) * len(self.factors), dtype=bool)
+        return self._place(mask, self.views[2])
 
     def _zeros(self, side: int) -> Bools:
         tensor, view = self.tensors[side], self.views[side]
@@ -324,8 +339,8 @@ class Contraction:
         return any(dead[labels].any() for side in self._labels for labels in side)
 
     def _gone(self, dead: Bools) -> Bools:
-        """Which results go."""
-        gone = np.zeros((1,) * len(self.factors), dtype=bool)
+        """Which results go, or are never read."""
+        gone = self._unread
         for labels in self._gone_labels:
             gone = gone | dead[labels]
         return gone

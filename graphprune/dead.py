@@ -5,7 +5,8 @@ there. That changes nothing where, at every op that sums over the position,
 
 - what is masked is zero already, or what it is multiplied with is: an all-zero filter, a ReLU that is never positive,
   rows of a weight that are all zero;
-- or what the product goes into is dead itself: rows that are zero in all filters that stay;
+- or what the product goes into is dead itself (rows that are zero in all filters that stay), or is multiplied by a
+  stored zero later (:mod:`graphprune.unread`);
 - or the position holds a constant, whose share of the sum is a constant too, and can be added to the bias. Where a
   convolution pads, its share is less at the borders: then it is taken over by another position that holds a constant,
   the *carrier*, whose weights become ``W[:, carrier] + W[:, dead] * (c_dead / c_carrier)``.
@@ -31,6 +32,7 @@ from graphprune.groups import Group
 from graphprune.intervals import Intervals
 from graphprune.labels import Labels
 from graphprune.plan import Masks
+from graphprune.unread import Unread
 
 Bools = npt.NDArray[np.bool_]
 
@@ -231,7 +233,8 @@ class _Search:
 
 def steps_of(analysis: Analysis, intervals: Intervals, candidates: Bools) -> Iterator[Step]:
     """The ops that sum over something that bears one of the candidate labels, in the order of the graph."""
+    unread = Unread(analysis.graph, intervals)
     for op in analysis.graph.ops:
         if analysis.is_leaf(op):
             continue
-        yield from Reading.of(op, analysis, intervals, candidates)
+        yield from Reading.of(op, analysis, intervals, unread, candidates)

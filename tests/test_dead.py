@@ -344,6 +344,34 @@ def test_a_branch_that_writes_nothing_keeps_one_unit() -> None:
     assert "something of it must stay" in reasons(report)
 
 
+@pytest.mark.parametrize("scaled", ["BatchNormalization", "Mul", "Tanh"])
+def test_a_branch_that_is_multiplied_by_zero(scaled: str) -> None:
+    """All that the branch computes is thrown away by its last scale: one unit of it stays."""
+    scale = {
+        "BatchNormalization": "n = BatchNormalization(b, g, beta, m, v)",
+        "Mul": "n0 = Mul(b, g)\n n = Add(n0, beta)",
+        "Tanh": "b2 = Tanh(b)\n n0 = Mul(g, b2)\n n = Add(n0, beta)",
+    }[scaled]
+    text = f"""g (float[2, 5] x) => (float[2, 3] y) {{
+        s = MatMul(x, w0)
+        a = MatMul(s, w1)
+        r = Relu(a)
+        b = MatMul(r, w2)
+        {scale}
+        t = Add(s, n)
+        y = MatMul(t, w3)
+    }}"""
+    arrays = {"w0": whole(5, 6), "w1": whole(6, 4), "w2": whole(4, 6), "w3": whole(6, 3)}
+    arrays |= {"g": np.zeros(6, np.float32), "beta": whole(6)}
+    if scaled == "BatchNormalization":
+        arrays |= {"m": whole(6), "v": np.ones(6, np.float32)}
+    _, model = shrunk(text, arrays)
+    assert size(model, "w1") == (6, 1)
+    arrays["g"][2] = 1
+    _, model = shrunk(text, arrays, exact=False)
+    assert size(model, "w1") == (6, 4)
+
+
 def test_units_that_only_feed_each_other_die_together() -> None:
     """Hidden units 1 and 3 of a recurrent layer read each other, and nobody else reads them."""
     text = """g (float[4, 2, 3] x) => (float[4, 1, 2, 2] y) {
