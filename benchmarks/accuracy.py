@@ -24,7 +24,6 @@ import argparse
 import fnmatch
 import importlib.metadata
 import json
-import re
 import shlex
 import statistics
 import subprocess
@@ -48,7 +47,7 @@ from benchmarks.speed import machine, run
 from graphprune.budget import Budget
 from graphprune.cost import macs, parameters
 from graphprune.model import as_ir
-from graphprune.pipeline import Pruning
+from graphprune.pruning import Pruning
 from graphprune.scores import SCORES
 from graphprune.settings import Settings as PruneSettings
 
@@ -444,26 +443,13 @@ def latency(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
             found["seconds"] = round(time.perf_counter() - start, 2)
             out = settings.folder / "latency.onnx"
             ir.save(pruned, out)
-            found |= {"predicted": predicted(report), "target": target}
+            assert report.latency is not None
+            found |= {"predicted": report.latency[0], "target": target}
             times = paired(source, out, shapes, settings.threads)
             found["quotients"] = [round(b / a, 4) for a, b in times]
             found["measured"] = statistics.median(b / a for a, b in times)
             found["ms"] = [statistics.median(t[side] for t in times) for side in (0, 1)]
             found["macs_kept"] = report.macs_after / report.macs_before
-
-
-def predicted(report: Any) -> float:
-    """The share of the latency that the tables of single layers foretold for what came out, from the report's notes.
-
-    Raises
-    ------
-    RuntimeError
-        where no note says it.
-    """
-    for note in report.notes:
-        if match := re.search(r"^latency: .*the tables said ([0-9.]+)", note):
-            return float(match[1])
-    raise RuntimeError("the report does not say what latency was foretold")
 
 
 def paired(
@@ -489,7 +475,7 @@ REPAIR = """
 import sys
 import numpy, onnx_ir, graphprune
 images = numpy.random.default_rng(0).standard_normal((256, 3, 224, 224), dtype=numpy.float32)
-pruned, report = graphprune.prune(sys.argv[1], macs=0.7, calibration={"image": images}, repair=True,
+pruned, report = graphprune.prune(sys.argv[1], channels=0.3, calibration={"image": images}, repair=True,
                                   input_shapes={"image": (1, 3, 224, 224)})
 onnx_ir.save(pruned, sys.argv[2])
 print(report.to_dict()["seconds"])

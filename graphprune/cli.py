@@ -204,8 +204,8 @@ def _prune(options: argparse.Namespace) -> int:
     with Steps(quiet=options.quiet) as steps:
         steps("imports")
         from graphprune.model import as_ir, staged
-        from graphprune.pipeline import Pruning, finish
         from graphprune.preprocess import Preprocess
+        from graphprune.pruning import Pruning, finish
 
         settings, drop = _settings(options, budget), _drop(options)
         preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None

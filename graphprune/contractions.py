@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graphprune.graph import Op, Tensor
-from graphprune.kernels.patches import conv_patches
+from graphprune.kernels.patches import conv_patches, conv_transpose_patches
 
 Array: TypeAlias = npt.NDArray[Any]
 Positions: TypeAlias = npt.NDArray[np.int64]
@@ -170,6 +170,49 @@ class _ConvForm:
 
 
 @dataclass(frozen=True)
+class _ConvTransposeForm(_ConvForm):
+    """What each element of the output sees of the input, times filters ``[g c, k, *R]``."""
+
+    def _padding(self, rank: int) -> tuple[int, ...]:
+        return tuple(self.attributes.get("output_padding") or (0,) * rank)
+
+    def count(self, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:
+        kernel = self._kernel(weight_shape)
+        rank, pads = len(kernel), self._pads(x_shape, kernel)
+        return x_shape[0] * prod(
+            (size - 1) * self._strides(rank)[i]
+            + self._dilations(rank)[i] * (kernel[i] - 1)
+            + 1
+            + self._padding(rank)[i]
+            - pads[i]
+            - pads[rank + i]
+            for i, size in enumerate(x_shape[2:])
+        )
+
+    def rows(self, x: Array, weight_shape: tuple[int, ...], positions: Positions | None = None) -> Array:
+        kernel, rank = self._kernel(weight_shape), len(weight_shape) - 2
+        return conv_transpose_patches(
+            np.asarray(x, dtype=np.float32),
+            kernel,
+            self._strides(rank),
+            self._pads(x.shape, kernel),
+            self._dilations(rank),
+            self._groups,
+            output_padding=self._padding(rank),
+            positions=positions,
+        )
+
+    def arrange(self, weight: Array) -> Array:
+        groups, outputs = self._groups, weight.shape[1]
+        filters = weight.reshape(groups, weight.shape[0] // groups, outputs, -1)
+        return np.ascontiguousarray(np.swapaxes(filters, 2, 3)).reshape(groups, -1, outputs)
+
+    def restore(self, matrix: Array, shape: tuple[int, ...]) -> Array:
+        filters = matrix.reshape(self._groups, shape[0] // self._groups, prod(shape[2:]), shape[1])
+        return np.ascontiguousarray(np.swapaxes(filters, 2, 3)).reshape(shape)
+
+
+@dataclass(frozen=True)
 class _ProductForm:
     """A matrix product: the weight may be transposed, the activation may be, and either may stand on the left.
 
@@ -221,6 +264,14 @@ def _conv(op: Op, attributes: Mapping[str, Any]) -> Found:
     return 0, 1, 2, _ConvForm(attributes)
 
 
+def _conv_transpose(op: Op, attributes: Mapping[str, Any]) -> Found:
+    if not _constant(op, 1):
+        return "its weight is computed"
+    if attributes.get("auto_pad", "NOTSET") not in ("NOTSET", "") or attributes.get("output_shape"):
+        return "its padding follows from a wanted size"
+    return 0, 1, 2, _ConvTransposeForm(attributes)
+
+
 def _gemm(op: Op, attributes: Mapping[str, Any]) -> Found:
     a, b = bool(attributes.get("transA", 0)), bool(attributes.get("transB", 0))
     alpha = float(attributes.get("alpha", 1.0))
@@ -254,7 +305,12 @@ def _constant(op: Op, slot: int) -> bool:
 
 #: How the tensors of each op type are matrices: slots of activation, weight and bias, and the form; or why not; None
 #: for products of two activations.
-FORMS: dict[str, Callable[[Op, Mapping[str, Any]], Found]] = {"Conv": _conv, "Gemm": _gemm, "MatMul": _matmul}
+FORMS: dict[str, Callable[[Op, Mapping[str, Any]], Found]] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv_transpose,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+}
 
 
 def find_contraction(op: Op, attributes: Mapping[str, Any] | None = None) -> Contraction | str | None:

@@ -25,6 +25,8 @@ class Report:
         output_change: Largest change of an output against the original, relative to the output's scale; None if not
             measured.
         inputs: What it was measured on.
+        latency: Where a latency was asked for: what the tables foretold, and what was measured, as fractions of the
+            original's.
         repaired: What was refitted, layer by layer; None if nothing was.
         input_shapes: The sizes at which the network was analysed and compared.
         seconds: Wall time of each step.
@@ -42,6 +44,7 @@ class Report:
     max_error: float | None = None
     output_change: float | None = None
     inputs: str = "random input"
+    latency: tuple[float, float] | None = None
     repaired: RepairReport | None = None
     input_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -70,6 +73,9 @@ class Report:
             "max_error": self.max_error,
             "output_change": self.output_change,
             "inputs": self.inputs,
+            "latency": None
+            if self.latency is None
+            else {"foretold": self.latency[0], "measured": self.latency[1]},
             "repaired": None if self.repaired is None else self.repaired.to_dict(),
             "input_shapes": {name: list(shape) for name, shape in self.input_shapes.items()},
             "seconds": self.seconds,

@@ -20,7 +20,7 @@ from graphprune.plan import Plan
 from graphprune.settings import Settings
 
 if TYPE_CHECKING:
-    from graphprune.pipeline import Pruning
+    from graphprune.pruning import Pruning
 
 #: A latency within this part of what was asked for is met.
 LATENCY_TOLERANCE = 0.05
@@ -132,7 +132,7 @@ class Trial:
         """Cut, repair, and judge; the metric."""
         import onnx
 
-        from graphprune.pipeline import Pruning
+        from graphprune.pruning import Pruning
 
         source, _ = as_ir(onnx.ModelProto.FromString(self.model))
         pruning = Pruning(source, self.settings, calibration=self.calibration, verify=False)
@@ -227,7 +227,8 @@ def plan_within_drop(pruning: Pruning, drop: Drop, judged_on: Calibration) -> tu
                 fractions[0] = low + 1e-9  # perhaps all that may go can go
             plans = [pruning.plan(Budget("macs", fraction)) for fraction in fractions]
             pruning._part("search", done, done + int(np.ceil(np.log2((high - low) / PRECISION))))
-            values = _run_all([trial(plan) for plan in plans], executor)
+            judged = iter(_run_all([trial(plan) for plan in plans if plan.cuts], executor))
+            values = [next(judged) if plan.cuts else whole for plan in plans]
             done += 1
             for fraction, plan, value in sorted(
                 zip(fractions, plans, values, strict=True), key=lambda item: -item[0]

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from graphprune.calibration import Array
+from graphprune.calibration import Array, Calibration
+from graphprune.cost import macs
 from graphprune.execution import Feeds, StagedRun
 from graphprune.gates import Gate, find_gates
 from graphprune.graph import Op
@@ -25,8 +26,11 @@ from graphprune.kernels import obs
 from graphprune.scores.evidence import Evidence, Scores
 from graphprune.scores.reconstruction import DAMPING, GroupReader, group_readers
 
-#: Samples on which the curves are measured.
-SAMPLES = 128
+#: Samples on which the curves are measured, at most and at least.
+SAMPLES = (128, 16)
+#: Multiply-accumulates that measuring all curves may take before it makes do with fewer samples: some minutes on two
+#: cores. Not a time, so that the result does not depend on the machine.
+WORK = 10**13
 #: Samples that run through the network at once.
 BATCH = 64
 
@@ -55,21 +59,34 @@ class Curve:
 
 
 def outputs_error(found: Sequence[Feeds], expected: Sequence[Feeds]) -> float:
-    """Squared distance of real outputs relative to their variance over samples, averaged over outputs."""
+    """Squared distance of real outputs relative to their variance over samples, averaged over outputs.
+
+    Samples of different shapes have means of their own. Where the original is infinite (the logarithm of a probability
+    of zero) nothing is compared; infinity where only the network is.
+    """
     errors = []
     for name, first in expected[0].items():
         if not isinstance(first, np.ndarray) or first.dtype.kind not in "fV":
             continue
-        mean = np.mean([batch[name].mean(axis=0, dtype=np.float64) for batch in expected], axis=0)
-        distance = sum(
-            float(np.square(a[name].astype(np.float64) - b[name]).sum())
-            for a, b in zip(found, expected, strict=True)
-        )
-        variance = sum(float(np.square(batch[name].astype(np.float64) - mean).sum()) for batch in expected)
-        if variance > 0 and np.isfinite(distance):
-            errors.append(distance / variance)
-        elif not np.isfinite(distance):
+        wanted = [np.atleast_1d(batch[name]).astype(np.float64) for batch in expected]
+        here = [np.isfinite(array) for array in wanted]
+        wanted = [np.where(there, array, 0.0) for there, array in zip(here, wanted, strict=True)]
+        sums: dict[tuple[int, ...], list[Array]] = {}
+        for there, array in zip(here, wanted, strict=True):
+            total = sums.setdefault(array.shape[1:], [np.zeros(array.shape[1:]), np.zeros(array.shape[1:])])
+            total[0] += array.sum(axis=0)
+            total[1] += there.sum(axis=0)
+        means = {shape: total / np.maximum(count, 1) for shape, (total, count) in sums.items()}
+        distance = variance = 0.0
+        for batch, array, there in zip(found, wanted, here, strict=True):
+            other = np.atleast_1d(batch[name]).astype(np.float64)
+            with np.errstate(invalid="ignore", over="ignore"):
+                distance += float(np.square(other - array, where=there, out=np.zeros(array.shape)).sum())
+            variance += float(np.square(array - means[array.shape[1:]])[there].sum())
+        if not np.isfinite(distance):
             errors.append(float("inf"))
+        elif variance > 0:
+            errors.append(distance / variance)
     return float(np.mean(errors)) if errors else 0.0
 
 
@@ -91,7 +108,8 @@ class Sensitivity:
     def measure(self) -> list[Curve]:
         """All curves, in the order of the groups."""
         network = self._evidence.network
-        calibration = self._evidence.inputs("sensitivity").subset(SAMPLES)
+        calibration = self._evidence.inputs("sensitivity")
+        calibration = calibration.subset(self._samples(calibration))
         curves: dict[int, Curve] = {}
         with StagedRun(network.model, calibration.batches(BATCH)) as run:
             whole = run.rest()
@@ -114,6 +132,16 @@ class Sensitivity:
             if index not in curves:
                 curves[index] = score_curve(network.groups[index], self._scores, levels)
         return [curves[index] for index in sorted(curves)]
+
+    def _samples(self, calibration: Calibration) -> int:
+        """How many samples the work allows for: each trial runs what lies behind a group, on average half of all."""
+        network = self._evidence.network
+        name = next(iter(calibration.inputs), None)
+        together = 1 if name is None else network.input_shapes[name][calibration.axes.get(name, 0)]
+        trials = sum(len(levels) for levels in self._levels.values())
+        most, least = SAMPLES
+        each = trials * macs(network.analysis) / max(together, 1) / 2
+        return int(np.clip(WORK / max(each, 1.0), least, most))
 
     def _consumers(self, run: StagedRun) -> dict[int, list[Gate]]:
         """For each group all operands that sum over it; groups that are consumed where no piece reaches are absent."""

@@ -16,8 +16,9 @@ from graphprune.calibration import Calibration
 from graphprune.choose import Request
 from graphprune.model import as_ir, to_proto
 from graphprune.network import Pruned
-from graphprune.pipeline import Pruning, analyze_ir
+from graphprune.pipeline import analyze_ir
 from graphprune.plan import Cut, Plan
+from graphprune.pruning import Pruning
 from graphprune.repair import RepairReport, repair
 from graphprune.settings import Settings
 
