@@ -59,6 +59,7 @@ def floats(*values: float) -> Array:
 X = (2, 3, 4)
 IMAGE = (2, 4, 7, 6)
 BOTH_WAYS = ((5, 2, 3), (2, 16, 3), (2, 16, 4), (2, 32))
+ANGLES = tuple(f(np.arange(12)).reshape(2, 3, 2).astype(np.float32) for f in (np.cos, np.sin))
 RECURRENT = ((5, 2, 3), (1, 16, 3), (1, 16, 4), (1, 32))
 
 #: Smooth or piecewise smooth everywhere, of one operand, with defaults for all attributes.
@@ -178,6 +179,14 @@ CASES = [
     case("ConvTranspose", IMAGE, (4, 3, 3, 3), (3,), strides=[2, 2], pads=[1, 0, 1, 1], output_padding=[1, 0]),
     case("ConvTranspose", IMAGE, (4, 3, 2, 2), dilations=[2, 1], runtime=True),
     case("ConvTranspose", IMAGE, (4, 3, 2, 2), group=2, strides=[2, 2], runtime=True),
+    case("Attention", (2, 2, 3, 4), (2, 2, 5, 4), (2, 2, 5, 3), opset=23),
+    case("Attention", (2, 3, 8), (2, 5, 4), (2, 5, 6), opset=23, q_num_heads=4, kv_num_heads=2, scale=0.3),
+    case("Attention", (1, 2, 4, 4), (1, 2, 4, 4), (1, 2, 4, 4), opset=23, is_causal=1),
+    case("Attention", *[(1, 2, 3, 4)] * 3, np.eye(3) + np.eye(3, k=1) > 0, opset=23),
+    case("Attention", *[(1, 2, 3, 4)] * 3, np.float32(3 * np.eye(3)), opset=23),
+    case("RotaryEmbedding", (2, 2, 3, 4), *ANGLES, opset=23, interleaved=1),
+    case("RotaryEmbedding", (2, 3, 8), *ANGLES, opset=23, num_heads=2),
+    case(f"{MS}::RotaryEmbedding", (2, 3, 8), ints(0), ANGLES[0][0], ANGLES[1][0], num_heads=2, runtime=True),
     # space
     case("MaxPool", IMAGE, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1]),
     case("MaxPool", IMAGE, kernel_shape=[2, 2], strides=[2, 2], opset=12, runtime=True),

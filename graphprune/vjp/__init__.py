@@ -5,7 +5,7 @@ Every op type has one rule (:mod:`graphprune.vjp.site`); :func:`graphprune.vjp.p
 
 from __future__ import annotations
 
-from graphprune.vjp import contraction, elementwise, movement, recurrent, reduction, spatial
+from graphprune.vjp import attention, contraction, elementwise, movement, recurrent, reduction, spatial
 from graphprune.vjp.emit import Emitter, NoGradientError, Value
 from graphprune.vjp.site import Adjoints, Site, differentiable, find_vjp, vjp
 
@@ -15,6 +15,7 @@ __all__ = [
     "NoGradientError",
     "Site",
     "Value",
+    "attention",
     "contraction",
     "differentiable",
     "elementwise",
