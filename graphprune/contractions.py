@@ -127,27 +127,25 @@ class _ConvForm:
     def _dilations(self, rank: int) -> tuple[int, ...]:
         return tuple(self.attributes.get("dilations") or (1,) * rank)
 
-    def count(self, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:
+    def _geometry(
+        self, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+        """Kernel, strides, pads, dilations and groups."""
         kernel = self._kernel(weight_shape)
-        rank, pads = len(kernel), self._pads(x_shape, kernel)
+        rank = len(kernel)
+        return kernel, self._strides(rank), self._pads(x_shape, kernel), self._dilations(rank), self._groups
+
+    def count(self, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:
+        kernel, strides, pads, dilations, _ = self._geometry(x_shape, weight_shape)
+        rank = len(kernel)
         return x_shape[0] * prod(
-            (size + pads[i] + pads[rank + i] - self._dilations(rank)[i] * (kernel[i] - 1) - 1)
-            // self._strides(rank)[i]
-            + 1
+            (size + pads[i] + pads[rank + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1
             for i, size in enumerate(x_shape[2:])
         )
 
     def rows(self, x: Array, weight_shape: tuple[int, ...], positions: Positions | None = None) -> Array:
-        kernel, rank = self._kernel(weight_shape), len(weight_shape) - 2
-        return conv_patches(
-            np.asarray(x, dtype=np.float32),
-            kernel,
-            self._strides(rank),
-            self._pads(x.shape, kernel),
-            self._dilations(rank),
-            self._groups,
-            positions=positions,
-        )
+        geometry = self._geometry(x.shape, weight_shape)
+        return conv_patches(np.asarray(x, dtype=np.float32), *geometry, positions=positions)
 
     def results(self, y: Array, positions: Positions | None = None) -> Array:
         flat = np.moveaxis(y, 1, -1).reshape(-1, y.shape[1])
@@ -177,29 +175,22 @@ class _ConvTransposeForm(_ConvForm):
         return tuple(self.attributes.get("output_padding") or (0,) * rank)
 
     def count(self, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> int:
-        kernel = self._kernel(weight_shape)
-        rank, pads = len(kernel), self._pads(x_shape, kernel)
+        kernel, strides, pads, dilations, _ = self._geometry(x_shape, weight_shape)
+        rank, padding = len(kernel), self._padding(len(kernel))
         return x_shape[0] * prod(
-            (size - 1) * self._strides(rank)[i]
-            + self._dilations(rank)[i] * (kernel[i] - 1)
+            (size - 1) * strides[i]
+            + dilations[i] * (kernel[i] - 1)
             + 1
-            + self._padding(rank)[i]
+            + padding[i]
             - pads[i]
             - pads[rank + i]
             for i, size in enumerate(x_shape[2:])
         )
 
     def rows(self, x: Array, weight_shape: tuple[int, ...], positions: Positions | None = None) -> Array:
-        kernel, rank = self._kernel(weight_shape), len(weight_shape) - 2
+        geometry, padding = self._geometry(x.shape, weight_shape), self._padding(len(weight_shape) - 2)
         return conv_transpose_patches(
-            np.asarray(x, dtype=np.float32),
-            kernel,
-            self._strides(rank),
-            self._pads(x.shape, kernel),
-            self._dilations(rank),
-            self._groups,
-            output_padding=self._padding(rank),
-            positions=positions,
+            np.asarray(x, dtype=np.float32), *geometry, output_padding=padding, positions=positions
         )
 
     def arrange(self, weight: Array) -> Array:

@@ -27,7 +27,9 @@ LATENCY_TOLERANCE = 0.05
 #: Times that a latency budget is corrected by a measurement.
 CORRECTIONS = 6
 #: Pairs of runs of a measurement.
-PAIRS = 15
+PAIRS = 60
+#: Seconds after which a measurement begins no further pair.
+PAIR_SECONDS = 20.0
 #: The largest cut within a drop is found to this part of the multiply-accumulates.
 PRECISION = 0.02
 #: The part of the calibration's inputs that is held out to judge on, where no other inputs are given.
@@ -102,7 +104,7 @@ def _measured_ratio(pruning: Pruning, plan: Plan) -> float:
     if not plan.cuts:
         return 1.0
     feeds = random_feeds(pruning.network.analysis.graph, pruning.settings.seed)
-    return compare(pruning.original, pruning.cut(plan).model, feeds, PAIRS)
+    return compare(pruning.original, pruning.cut(plan).model, feeds, PAIRS, seconds=PAIR_SECONDS)
 
 
 # -- accuracy --------------------------------------------------------------------------------------------------------

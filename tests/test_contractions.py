@@ -122,17 +122,47 @@ def test_conv_with_automatic_padding_of_one_axis(mode: str) -> None:
     _conv(f'auto_pad="{mode}", strides=[2]', (2, 4, 9), (4, 2, 4), True, ", group=2")
 
 
+TRANSPOSED = {
+    "plain": ("", (2, 4, 5, 6), (4, 3, 3, 3), 3),
+    "upsampling": ("strides=[2,2], pads=[1,1,1,1], output_padding=[1,1]", (2, 4, 5, 6), (4, 3, 3, 3), 3),
+    "groups": ("group=2, strides=[2,3], pads=[1,0,0,2]", (2, 4, 5, 4), (4, 3, 2, 4), 6),
+    "dilations": ("dilations=[2,1], pads=[1,1,2,0]", (1, 3, 4, 5), (3, 2, 3, 2), 2),
+    "one axis": ("strides=[4], pads=[2,2]", (2, 3, 7), (3, 5, 8), 5),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+@pytest.mark.parametrize("bias", [False, True])
+def test_conv_transpose(name: str, bias: bool) -> None:
+    attributes, x_shape, w_shape, outputs = TRANSPOSED[name]
+    _conv(attributes, x_shape, w_shape, bias, kind="ConvTranspose", outputs=outputs)
+
+
+@pytest.mark.parametrize("attributes", ['auto_pad="SAME_UPPER"', "output_shape=[9,9]"])
+def test_conv_transpose_of_a_wanted_size_says_why_not(attributes: str) -> None:
+    text = f"agraph (float[1,2,4,4] x) => (float[a,b,c,d] y) {{ y = ConvTranspose<{attributes}, strides=[2,2]>(x, w) }}"
+    (op,) = twin(text, w=normal(2, 3, 3, 3)).ops
+    assert find_contraction(op) == "its padding follows from a wanted size"
+
+
 def _conv(
-    attributes: str, x_shape: tuple[int, ...], w_shape: tuple[int, ...], bias: bool, more: str = ""
+    attributes: str,
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    bias: bool,
+    more: str = "",
+    *,
+    kind: str = "Conv",
+    outputs: int | None = None,
 ) -> None:
     arrays: dict[str, Array] = {"w": normal(*w_shape)}
     if bias:
-        arrays["b"] = normal(w_shape[0], seed=1)
+        arrays["b"] = normal(w_shape[0] if outputs is None else outputs, seed=1)
     sizes = ",".join(map(str, x_shape))
     wild = ",".join("abcdefg"[: len(x_shape)])
     operands = "x, w, b" if bias else "x, w"
     head = f"<{attributes}{more}>" if attributes + more else ""
-    text = f"agraph (float[{sizes}] x) => (float[{wild}] y) {{ y = Conv{head}({operands}) }}"
+    text = f"agraph (float[{sizes}] x) => (float[{wild}] y) {{ y = {kind}{head}({operands}) }}"
     check(parse(text, **arrays), x=normal(*x_shape, seed=2))
 
 
