@@ -75,6 +75,6 @@ def in_runtime(model: onnx.ModelProto) -> Runner:
     return lambda feeds: list(session.run(None, {n: a for n, a in feeds.items() if n in names}))
 
 
-def slope(function: Callable[[Any], float], at: Array, along: Array, step: float) -> float:
+def slope(function: Callable[[Any], float], at: Array, along: Array | float, step: float) -> float:
     """The derivative of a function along a direction, by central differences."""
     return (function(at + step * along) - function(at - step * along)) / (2 * step)

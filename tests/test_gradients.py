@@ -44,7 +44,9 @@ def weights() -> dict[str, Array]:
     return {name: array.astype(np.float32) for name, array in made.items()}
 
 
-def classifier(tail: tuple[str, ...] = (), batch: int | str = "batch", **changed: Array) -> onnx.ModelProto:
+def classifier(
+    tail: tuple[str, ...] = (), batch: int | str = "batch", changed: dict[str, Array] | None = None
+) -> onnx.ModelProto:
     """Conv, Tanh, Conv, Tanh, pooling, Gemm, and ``tail``."""
     nodes = [
         helper.make_node("Conv", ["x", "w1", "b1"], ["c1"], "conv1"),
@@ -61,7 +63,7 @@ def classifier(tail: tuple[str, ...] = (), batch: int | str = "batch", **changed
         "classifier",
         [helper.make_tensor_value_info("x", 1, (batch, 2, 6, 6))],
         [helper.make_tensor_value_info(f"y{len(tail)}", 1, (batch, CLASSES))],
-        [numpy_helper.from_array(array, name) for name, array in {**weights(), **changed}.items()],
+        [numpy_helper.from_array(array, name) for name, array in {**weights(), **(changed or {})}.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
@@ -108,8 +110,8 @@ def test_rows_are_the_slopes_of_each_samples_cross_entropy(tail: tuple[str, ...]
     def losses(channel: int, factor: float) -> Array:
         w2 = weights()["w2"]
         w2[:, channel] *= factor
-        z = logits(classifier(w2=w2), np.asarray(inputs.inputs["x"]))
-        return -log_softmax(z)[np.arange(len(z)), np.asarray(inputs.labels)]
+        z = logits(classifier(changed={"w2": w2}), np.asarray(inputs.inputs["x"]))
+        return np.asarray(-log_softmax(z)[np.arange(len(z)), np.asarray(inputs.labels)])
 
     for channel, label in enumerate(group_labels(found, "w1[0]").tolist()):
         slope = (losses(channel, 1.01) - losses(channel, 0.99)) / 0.02
@@ -163,7 +165,7 @@ def test_fisher_is_the_curvature_of_the_divergence_from_the_original() -> None:
     def divergence(channel: int, factor: float) -> float:
         w2 = weights()["w2"]
         w2[:, channel] *= factor
-        z = log_softmax(logits(classifier(w2=w2), x))[0]
+        z = log_softmax(logits(classifier(changed={"w2": w2}), x))[0]
         return float((np.exp(original) * (original - z)).sum())
 
     step = 0.2
@@ -241,8 +243,8 @@ def test_weight_fisher_sums_squares_of_weight_times_slope() -> None:
             def losses(by: float, name: str = name, index: tuple[int, ...] = index) -> Array:
                 changed = weights()[name]
                 changed[index] += by
-                z = logits(classifier(**{name: changed}), x)
-                return -log_softmax(z)[np.arange(len(z)), y]
+                z = logits(classifier(changed={name: changed}), x)
+                return np.asarray(-log_softmax(z)[np.arange(len(z)), y])
 
             if base[index]:
                 slope = (losses(0.02) - losses(-0.02)) / 0.04
