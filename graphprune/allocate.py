@@ -9,6 +9,7 @@ neighbouring layers multiply: they are taken at the last solution, and the knaps
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -61,6 +62,7 @@ def allocate(groups: Sequence[Group], curves: Sequence[Curve], cost: CostModel, 
     reachable = cost.total(least)
     if reachable > budget:
         raise BudgetError(_unreachable(cost, kept, reachable, budget))
+    curves = _finite(curves)
     errors = [np.asarray(curve.errors) for curve in curves]
     best, best_error = least, float("inf")
     spend = budget  # what the linearised costs may come to so that the true ones come to the budget
@@ -88,6 +90,12 @@ def allocate(groups: Sequence[Group], curves: Sequence[Curve], cost: CostModel, 
         spend += budget - total
         kept = chosen
     return best
+
+
+def _finite(curves: Sequence[Curve]) -> list[Curve]:
+    """The curves with infinite errors (a network that blows up) as more than all finite ones together."""
+    most = 1.0 + sum(max((e for e in curve.errors if np.isfinite(e)), default=0.0) for curve in curves)
+    return [replace(c, errors=[e if np.isfinite(e) else most for e in c.errors]) for c in curves]
 
 
 def _fill(kept: Sequence[int], curves: Sequence[Curve], cost: CostModel, budget: float) -> list[int]:
