@@ -59,9 +59,7 @@ def allocate(groups: Sequence[Group], curves: Sequence[Curve], cost: CostModel, 
     least = list(kept)
     for curve in curves:
         least[curve.index] = curve.kept[-1]
-    reachable = cost.total(least)
-    if reachable > budget:
-        raise BudgetError(_unreachable(cost, kept, reachable, budget))
+    check_reachable(groups, least, cost, budget)
     curves = _finite(curves)
     errors = [np.asarray(curve.errors) for curve in curves]
     best, best_error = least, float("inf")
@@ -149,9 +147,7 @@ def uniform(
 
     low, high = 0.0, 1.0 - 1e-6
     least = at(high)
-    if cost.total(least) > budget:
-        full = [group.unit for group in groups]
-        raise BudgetError(_unreachable(cost, full, cost.total(least), budget))
+    check_reachable(groups, least, cost, budget)
     best = least
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
@@ -163,10 +159,16 @@ def uniform(
     return best
 
 
-def _unreachable(cost: CostModel, full: Sequence[int], reachable: float, budget: float) -> str:
-    whole = cost.total(full)
-    return (
-        f"the budget of {budget:,.4g} {cost.unit} ({budget / whole:.3f} of the original) cannot be reached: cutting all"
-        f" that may be cut leaves {reachable:,.4g} ({reachable / whole:.3f}); raise it, allow more with --residual or a"
-        " lower --keep-at-least, or exclude less"
-    )
+def check_reachable(groups: Sequence[Group], least: Sequence[int], cost: CostModel, budget: float) -> None:
+    """Complain now if even the least that may be kept costs more than the budget.
+
+    Raises:
+        BudgetError: It does; the message says what is left of the original then.
+    """
+    whole, reachable = cost.total([group.unit for group in groups]), cost.total(least)
+    if reachable > budget:
+        raise BudgetError(
+            f"the budget of {budget:,.4g} {cost.unit} ({budget / whole:.3f} of the original) cannot be reached: cutting"
+            f" all that may be cut leaves {reachable:,.4g} ({reachable / whole:.3f}); raise it, allow more with"
+            " --residual or a lower --keep-at-least, or exclude less"
+        )

@@ -132,6 +132,12 @@ def _prune_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="first remove the N residual branches that matter least",
     )
+    what.add_argument(
+        "--blocks-by",
+        choices=("cosine", "error"),
+        default="cosine",
+        help="which: those that turn the stream least, or those without which the outputs change least (slower)",
+    )
     what.add_argument("--plan", type=Path, metavar="FILE", help="carry out this plan instead of choosing")
     _budget_arguments(parser)
     _measure_arguments(parser)

@@ -176,6 +176,7 @@ def _settings(options: argparse.Namespace, budget: Budget | None) -> Settings:
         options.repair,
         options.dead,
         options.blocks,
+        options.blocks_by,
         _input_shapes(options),
         options.seed,
     )

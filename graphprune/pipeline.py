@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graphprune.analysis import Analysis
 from graphprune.budget import only_budget
@@ -135,6 +135,7 @@ def prune(
     repair: bool | None = None,
     dead: bool = False,
     blocks: int = 0,
+    blocks_by: Literal["cosine", "error"] = "cosine",
     jobs: int = 1,
     executor: Executor | None = None,
     round_to: int | None = None,
@@ -172,6 +173,8 @@ def prune(
         repair: Refit what reads a cut; by default with ``calibration``.
         dead: First remove, exactly, what contributes nothing.
         blocks: First remove so many residual branches.
+        blocks_by: Which: those that turn the stream least (``cosine``), or those without which the outputs change least
+            (``error``; the network is run once for each branch).
         jobs: Trials of ``max_drop`` that run at once.
         executor: Runs those trials: anything with the interface of :class:`concurrent.futures.Executor`.
         round_to: What stays of each group is a multiple of this; None: of 8 in groups of 32 and more; 1: no rounding.
@@ -214,6 +217,7 @@ def prune(
         repair,
         dead,
         blocks,
+        blocks_by,
         input_shapes,
         seed,
     )

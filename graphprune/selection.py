@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from graphprune.allocate import allocate, levels_of, uniform
+from graphprune.allocate import allocate, check_reachable, levels_of, uniform
 from graphprune.budget import Budget, amount, cost_model
 from graphprune.calibration import Calibration
 from graphprune.choose import choose, cuttable
@@ -84,18 +84,22 @@ class Selection:
         return find_score(name)(self._evidence("scores"))
 
     @cached_property
-    def curves(self) -> list[Curve]:
-        """What the outputs lose when each group alone is cut; by scores alone where there are no inputs."""
-        settings, groups = self.settings, self.network.groups
-        evidence = self._evidence("sensitivity")
-        levels = {
+    def levels(self) -> dict[int, list[int]]:
+        """For each group that may be cut the numbers of parts that are tried, descending."""
+        settings = self.settings
+        return {
             group.index: found
-            for group in evidence.groups
+            for group in self._evidence("levels").groups
             if (found := levels_of(group, settings.request.round_to, settings.keep_at_least))
         }
+
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """What the outputs lose when each group alone is cut; by scores alone where there are no inputs."""
+        groups = self.network.groups
         if self._calibration is None:
-            return [score_curve(groups[index], self.scores, found) for index, found in levels.items()]
-        return Sensitivity(evidence, self.scores, levels).measure()
+            return [score_curve(groups[index], self.scores, found) for index, found in self.levels.items()]
+        return Sensitivity(self._evidence("sensitivity"), self.scores, self.levels).measure()
 
     def cost(self, budget: Budget) -> CostModel:
         """The cost that a budget limits."""
@@ -136,6 +140,8 @@ class Selection:
             cost = self.cost(budget)
             limit = amount(budget, cost, self.network)
             if scope == "allocated":
+                least = [self.levels[i][-1] if i in self.levels else g.unit for i, g in enumerate(groups)]
+                check_reachable(groups, least, cost, limit)  # before anything is measured
                 counts = allocate(groups, self.curves, cost, limit)
             else:
                 counts = uniform(

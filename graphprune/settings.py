@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from graphprune.budget import Budget
 from graphprune.choose import Request
@@ -29,6 +30,7 @@ class Settings:
         repair: Refit what reads a cut; None: where something is cut and there are calibration inputs.
         dead: First remove, exactly, what contributes nothing.
         blocks: First remove so many residual branches.
+        blocks_by: Which: those that turn the stream least, or those without which the outputs change least.
         input_shapes: Sizes for inputs with dynamic dimensions, by input name.
         seed: For whatever is drawn at random.
     """
@@ -42,6 +44,7 @@ class Settings:
     repair: bool | None = None
     dead: bool = False
     blocks: int = 0
+    blocks_by: Literal["cosine", "error"] = "cosine"
     input_shapes: Mapping[str, Sequence[int]] | None = None
     seed: int = 0
 
@@ -58,6 +61,8 @@ class Settings:
             )
         if self.budget is not None and (self.request.channels or self.plan is not None):
             raise OptionError("a ratio of channels, a plan and a budget exclude each other")
+        if self.blocks_by not in ("cosine", "error"):
+            raise OptionError(f"unknown measure of blocks {self.blocks_by!r}; there are cosine, error")
         if self.blocks < 0:
             raise OptionError(f"blocks is {self.blocks}; give a number of residual branches")
 

@@ -90,23 +90,9 @@ def test_size_is_the_file_at_most(cli: Cli, folder: Path) -> None:
 
 
 def test_repair_is_on_with_inputs_and_can_be_turned_off(cli: Cli, folder: Path) -> None:
-    with_it = report_of(
-        cli("net.onnx", "--channels", ".3", "--calib", "calib.npz", "-o", "a.onnx", "--json", "-q")
-    )
-    without = report_of(
-        cli(
-            "net.onnx",
-            "--channels",
-            ".3",
-            "--calib",
-            "calib.npz",
-            "--no-repair",
-            "-o",
-            "b.onnx",
-            "--json",
-            "-q",
-        )
-    )
+    base = ("net.onnx", "--channels", ".3", "--score", "l2", "--calib", "calib.npz", "--json", "-q")
+    with_it = report_of(cli(*base, "-o", "a.onnx"))
+    without = report_of(cli(*base, "--no-repair", "-o", "b.onnx"))
     assert with_it["repaired"]["refitted"]
     assert without["repaired"] is None
     assert with_it["macs"] == without["macs"]
@@ -115,7 +101,7 @@ def test_repair_is_on_with_inputs_and_can_be_turned_off(cli: Cli, folder: Path) 
 
 def test_what_is_repaired_is_the_cut_that_was_verified(cli: Cli, folder: Path) -> None:
     """The same plan with and without repair: same tensors, other contents, and those of weights and biases only."""
-    base = ("net.onnx", "--channels", ".3", "--calib", "calib.npz", "-q")
+    base = ("net.onnx", "--channels", ".3", "--score", "l2", "--calib", "calib.npz", "-q")
     assert cli(*base, "-o", "a.onnx").code == 0
     assert cli(*base, "--no-repair", "-o", "b.onnx").code == 0
     repaired, plain = (onnx.load(folder / name) for name in ("a.onnx", "b.onnx"))
@@ -171,7 +157,7 @@ def test_blocks_alone(cli: Cli, folder: Path) -> None:
 def test_the_pass_repairs_in_place(folder: Path) -> None:
     model = ir.load(folder / "net.onnx")
     with np.load(folder / "calib.npz") as data:
-        step = PruneChannelsPass(0.3, calibration={"image": data["image"]})
+        step = PruneChannelsPass(0.3, score="l2", calibration={"image": data["image"]})
     assert step(model).modified
     assert step.report is not None
     assert step.report.repaired is not None
