@@ -86,7 +86,7 @@ class Pruning:
                     calibration, graph, preprocess=preprocess, seed=settings.seed, least=least
                 )
         self.calibration = loaded
-        if base.functions and loaded is not None and (settings.cuts or settings.blocks):
+        if base.functions and (loaded is not None or settings.repair) and (settings.cuts or settings.blocks):
             # Statistics are taken inside of functions, and repaired weights differ from call to call.
             base = inline(base, {function.identifier() for function in base.functions.values()})
         if settings.dead:
@@ -131,13 +131,15 @@ class Pruning:
                 work,
                 self.settings.blocks,
                 calibration=self.calibration,
+                by=self.settings.blocks_by,
                 input_shapes=self.settings.input_shapes,
                 verify=self.verifies,
                 seed=self.settings.seed,
+                progress=self._progress,
             )
+        changed = {"cosine": "turned the stream", "error": "changed the outputs"}[blocks.by]
         self.notes += [
-            f"block {block.name} is gone: it changed the stream by {block.score:.3g}"
-            for block in blocks.removed
+            f"block {block.name} is gone: it {changed} by {block.score:.3g}" for block in blocks.removed
         ]
         return work
 
@@ -262,18 +264,25 @@ class Pruning:
 
     def repair(self, pruned: Pruned) -> None:
         """Refit what reads a cut, in place; with inputs by least squares, without any by stored statistics."""
-        from graphprune.repair import repair
+        from graphprune.datafree import repair_without_data
+        from graphprune.repair import RepairReport, repair
 
+        done: RepairReport
         with self._timed("repair"):
             if self.calibration is None:
-                return
-            done = repair(
-                self._beside_whole(pruned),
-                self.calibration,
-                everywhere=self.settings.blocks > 0,
-                seed=self.settings.seed,
-                progress=lambda count, total: self._part("repair", count, total),
-            )
+                without = repair_without_data(
+                    pruned, progress=lambda count, total: self._part("repair", count, total)
+                )
+                pruned.report.notes.append(without.summary)
+                done = without
+            else:
+                done = repair(
+                    self._beside_whole(pruned),
+                    self.calibration,
+                    everywhere=self.settings.blocks > 0,
+                    seed=self.settings.seed,
+                    progress=lambda count, total: self._part("repair", count, total),
+                )
         pruned.report.repaired = done
         pruned.report.notes += [f"{name} was not refitted: {reason}" for name, reason in done.skipped]
 
