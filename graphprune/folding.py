@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -99,8 +100,10 @@ def _added(step: Contraction, lost: Array, masks: Masks) -> Fold:
     assert output is not None
     weights = step.weights()
     loose = tuple(i for i, f in enumerate(step.factors) if f not in step.views[2].factors)
-    product = weights * lost
-    share = product.sum(axis=loose, keepdims=True) * float(step.op.attributes.get("alpha", 1.0))
+    letters = ascii_letters[: weights.ndim]
+    kept = "".join(letter for i, letter in enumerate(letters) if i not in loose)
+    share = np.expand_dims(np.einsum(f"{letters},{letters}->{kept}", weights, lost), loose)
+    share = share * float(step.op.attributes.get("alpha", 1.0))
     bias = _as_operand(share, step, step.views[2], output)
     fold = Fold(step.op, _count(lost), compact_to(bias, masks, output))
     slot = step.kind.bias
@@ -111,11 +114,9 @@ def _added(step: Contraction, lost: Array, masks: Masks) -> Fold:
     total = before + bias
     if step.kind.spatial:  # its bias is a vector, one entry a channel
         total = np.broadcast_to(total, [s if i == 1 else 1 for i, s in enumerate(output.shape or ())])
-    kept = compact_to(total, masks, output)
-    fold.slot, fold.replaced = (
-        slot,
-        _cast(kept.reshape(-1) if step.kind.spatial else _shortest(kept, 1), output),
-    )
+    left = compact_to(total, masks, output)
+    fold.slot = slot
+    fold.replaced = _cast(left.reshape(-1) if step.kind.spatial else _shortest(left, 1), output)
     return fold
 
 

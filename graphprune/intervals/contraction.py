@@ -284,7 +284,7 @@ def product(site: Site, kind: Product) -> Bounds | None:
         assert array is not None
         assert view is not None
         weights = flow.spread(view, array)
-        if weights is None or not np.isfinite(np.asarray(weights, dtype=np.float64)).all():
+        if weights is None or not np.isfinite(weights).all():
             return unknown(site.rank(), finite=False)
         activation = _full(parts[other], factors[other], summed, sizes)
         found, result = _with_constant(
