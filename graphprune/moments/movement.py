@@ -18,7 +18,10 @@ MAX_ELEMENTS = 1 << 24
     "Reshape Flatten Transpose Squeeze Unsqueeze Slice Split Gather Pad Expand Tile DepthToSpace SpaceToDepth"
 )
 def _moved(site: Site) -> Found:
-    """The op itself on the channels' numbers; where they then lie along one axis, it is known what lies there."""
+    """The op itself on the channels' numbers; where they then lie along one axis, it is known what lies there.
+
+    (Along two, as in the middle of a channel shuffle, nothing is.)
+    """
     signal, shape = site.signal, site.shape()
     if signal is None or int(np.prod(shape)) > MAX_ELEMENTS:
         return None
