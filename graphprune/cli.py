@@ -179,6 +179,7 @@ def _settings(options: argparse.Namespace, budget: Budget | None) -> Settings:
         options.blocks_by,
         _input_shapes(options),
         options.seed,
+        options.max_drop is not None,
     )
 
 

@@ -220,6 +220,7 @@ def prune(
         blocks_by,
         input_shapes,
         seed,
+        max_drop is not None,
     )
     source, same_kind = as_ir(model)
     pruning = Pruning(

@@ -211,6 +211,7 @@ def plan_within_drop(pruning: Pruning, drop: Drop, judged_on: Calibration) -> tu
         scope=None,
         request=Request(),
         repair=pruning.repairs,
+        searched=False,
     )
 
     def trial(plan: Plan) -> Trial:

@@ -33,6 +33,7 @@ class Settings:
         blocks_by: Which: those that turn the stream least, or those without which the outputs change least.
         input_shapes: Sizes for inputs with dynamic dimensions, by input name.
         seed: For whatever is drawn at random.
+        searched: How much goes is found by trials: as much as keeps a metric.
     """
 
     request: Request = field(default_factory=Request)
@@ -47,11 +48,12 @@ class Settings:
     blocks_by: Literal["cosine", "error"] = "cosine"
     input_shapes: Mapping[str, Sequence[int]] | None = None
     seed: int = 0
+    searched: bool = False
 
     def __post_init__(self) -> None:
         if self.scope is not None and self.scope not in SCOPES:
             raise OptionError(f"unknown scope {self.scope!r}; there are {', '.join(SCOPES)}")
-        if self.scope == "allocated" and self.budget is None:
+        if self.scope == "allocated" and self.budget is None and not self.searched:
             raise OptionError(
                 "the scope 'allocated' spends a budget: give one, such as --macs 0.5, or another scope"
             )
@@ -81,6 +83,7 @@ class Settings:
         return bool(
             self.budget is not None
             or self.plan is not None
+            or self.searched
             or self.request.channels
             or self.request.channels_for
         )
