@@ -113,7 +113,11 @@ class Pruning:
         work = copy(base)
         with self._timed("dead positions"):
             dead = remove_dead(
-                work, input_shapes=self.settings.input_shapes, verify=self.verifies, seed=self.settings.seed
+                work,
+                input_shapes=self.settings.input_shapes,
+                feeds=[] if self.calibration is None else list(self.calibration.subset(1).batches(1)),
+                verify=self.verifies,
+                seed=self.settings.seed,
             )
         removed = sum(dead.removed.values())
         self.notes.append(
