@@ -278,9 +278,7 @@ def _from_sum(name: str | None, bound: dict[str, int], policy: Policy) -> int | 
                 return number
             case ast.Name(symbol):
                 if symbol not in bound:
-                    role = (
-                        "past" if _PAST.search(symbol) else "batch" if BATCH.search(symbol) else "sequence"
-                    )
+                    role = "past" if _PAST.search(symbol) else "batch" if BATCH.search(symbol) else "sequence"
                     bound[symbol] = _size(role, policy)
                 return bound[symbol]
         raise ValueError(name)

@@ -242,7 +242,9 @@ class _ActiveSystem:
         self._age += 1
         if self._age % REFRESH == 0 and self.units:
             # Not by Cholesky: a Gram matrix summed in float32 may be indefinite by a rounding error.
-            self.inverse = np.asarray(np.linalg.inv(self._C[np.ix_(self.units, self.units)]), dtype=np.float64)
+            self.inverse = np.asarray(
+                np.linalg.inv(self._C[np.ix_(self.units, self.units)]), dtype=np.float64
+            )
 
 
 def _positive(step: Vector, denominator: Vector) -> Vector:
