@@ -115,8 +115,7 @@ class Repair:
             damping: Weight of the ridge toward the sliced weights.
             everywhere: Refit all contractions rather than only those that read a cut: for changes that are no cuts.
             match_variance: Scale each refitted output so that its variance is the original's, not only its mean: least
-                squares shrinks what it cannot explain. Off, since it did not help where it was measured
-                (benchmarks/README.md).
+                squares shrinks what it cannot explain. Off: it gives up some of the squared error for the scale.
             seed: For the choice of rows.
             progress: Called with (refits done, refits in all).
         """
