@@ -100,6 +100,8 @@ def test_gemm(damping: float) -> None:
         assert error == pytest.approx(
             np.square(found - wanted).sum() / wanted.var(axis=0).sum() / 80, rel=1e-3
         )
+    assert refitted.after is not None
+    assert refitted.before is not None
     assert refitted.after < refitted.before
 
 
@@ -221,8 +223,10 @@ def test_matmul_with_the_weight_on_the_left() -> None:
     }"""
     source = parse(text, wa=normal(8, 5), w=normal(3, 8, seed=1))
     net = Repaired(source, {"x": normal(20, 5, 4, seed=3)}, {"wa[0]": [0, 3]}, damping=0.0)
-    rows = [np.swapaxes(v, 1, 2).reshape(-1, v.shape[1]) for v in (net.found["seen"], net.values["y"])]
-    close(weights(net.model)["w"].T, affine_fit(*rows, bias=np.zeros(3))[0])
+    seen, wanted = (
+        np.swapaxes(v, 1, 2).reshape(-1, v.shape[1]) for v in (net.found["seen"], net.values["y"])
+    )
+    close(weights(net.model)["w"].T, affine_fit(seen, wanted, bias=np.zeros(3))[0])
 
 
 def test_a_transposed_weight() -> None:
@@ -452,6 +456,8 @@ def test_repair_raises_no_layers_error(pattern: Pattern) -> None:
     types = {name: value.dtype for name, value in pruned.model.graph.initializers.items()}
     report = repair(pruned, Calibration({}, feeds))
     for each in report.refitted:
+        assert each.after is not None
+        assert each.before is not None
         assert each.after <= each.before * (1 + 1e-5) + 1e-6
     assert all(reason for _, reason in report.skipped)
     for name, value in pruned.model.graph.initializers.items():

@@ -48,7 +48,8 @@ class Net:
     def gone(self, name: str, level: int) -> list[int]:
         """Positions of the group with the lowest scores."""
         group = self.group(name)
-        return np.argsort(self.scores[group.labels])[: group.size - level].tolist()
+        ranked: list[int] = np.argsort(self.scores[group.labels]).tolist()
+        return ranked[: group.size - level]
 
     def error(self, weights: dict[str, Array]) -> float:
         """Of the network with other weights: squared distance over variance, the mean over outputs."""
