@@ -545,17 +545,13 @@ def test_a_signal_in_the_middle(
         raise AssertionError("the signal did not arrive")
 
     monkeypatch.setattr(verify, "verify", stop)
-    refused(
-        cli,
-        folder,
-        "net.onnx",
-        "--channels",
-        "0.5",
-        "--plan-out",
-        "p.json",
-        says="nothing was written",
-        code=code,
-    )
+    # Jobs in the background start with SIGINT ignored, and Python then installs no handler.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        options = ("--channels", "0.5", "--plan-out", "p.json")
+        refused(cli, folder, "net.onnx", *options, says="nothing was written", code=code)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert any(".tmp" in name for name in during), "nothing was staged: the test proves nothing"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
