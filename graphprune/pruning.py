@@ -288,6 +288,8 @@ class Pruning:
                     progress=lambda count, total: self._part("repair", count, total),
                 )
         pruned.report.repaired = done
+        pruned.report.parameters_after = parameters(pruned.model)
+        pruned.report.bytes_after = file_size(pruned.model)
         pruned.report.notes += [f"{name} was not refitted: {reason}" for name, reason in done.skipped]
 
     def _beside_whole(self, pruned: Pruned) -> Pruned:
@@ -321,6 +323,15 @@ def finish(pruning: Pruning, drop: Drop | None = None, metric_data: object = Non
         plan = pruning.plan_for_latency(budget)
     else:
         plan = pruning.plan()
+    pruned = _carried_out(pruning, plan)
+    if budget is not None and budget.kind == "size" and pruned.report.bytes_after > budget.limit:
+        # A repair adds biases where layers had none; they count.
+        excess = pruned.report.bytes_after - budget.limit
+        pruned = _carried_out(pruning, pruning.plan(Budget("size", budget.limit - excess)))
+    return pruned
+
+
+def _carried_out(pruning: Pruning, plan: Plan) -> Pruned:
     pruned = pruning.cut(plan)
     if pruning.repairs:
         if pruning.verifies:
