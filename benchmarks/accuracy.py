@@ -334,9 +334,18 @@ class Ledger:
 
     def wants(self, key: str) -> bool:
         """Whether a cell is asked for and not there yet."""
+        return self.asked_for(key) and self.lacks(key)
+
+    def asked_for(self, key: str) -> bool:
+        """Whether ``--only`` takes a cell."""
+        return fnmatch.fnmatch(key, self._settings.only)
+
+    def lacks(self, key: str) -> bool:
+        """Whether a cell is not there yet, or is to be measured anew."""
         cell = self._cells.get(key)
-        kept = self._settings.resume and cell is not None and not (self._settings.retry and "error" in cell)
-        return fnmatch.fnmatch(key, self._settings.only) and not kept
+        return not (
+            self._settings.resume and cell is not None and not (self._settings.retry and "error" in cell)
+        )
 
     @contextmanager
     def cell(self, key: str) -> Iterator[Result]:
@@ -372,7 +381,7 @@ def baselines(ledger: Ledger, tasks: Tasks, networks: list[str]) -> None:
     """The unpruned networks."""
     for name in networks:
         key = f"{name}/unpruned"
-        if ledger.wants(key):
+        if ledger.lacks(key):
             with ledger.cell(key) as found:
                 task = tasks[name]
                 found |= {"metric": task.accuracy(task.source), "macs": tasks.macs(task, task.source)}
@@ -380,9 +389,8 @@ def baselines(ledger: Ledger, tasks: Tasks, networks: list[str]) -> None:
 
 
 def accuracy(settings: Settings, ledger: Ledger, tasks: Tasks) -> None:
-    baselines(
-        ledger, tasks, [n for n in TASKS if any(ledger.wants(c.key) for c in cells() if c.network == n)]
-    )
+    networks = {cell.network for cell in cells() if ledger.asked_for(cell.key)}
+    baselines(ledger, tasks, [name for name in TASKS if name in networks])
     prunings = Prunings(settings.seed)
     for cell in cells():
         if ledger.wants(cell.key):
