@@ -84,7 +84,7 @@ def _aims(cells: Cells) -> Iterator[str]:
             rows.append([what, aim_text, f"{figures} ({off:.1%} off)", _verdict(off <= LATENCY)])
         else:
             rows.append([what, aim_text, cell.get("error", "not measured"), ""])
-    cell = cells.get("resnet50/repair/0.7", {})
+    cell = cells.get("resnet50/repair/channels-0.3", {})
     what = "calibration and repair, ResNet-50, 224 x 224, 256 inputs"
     if "seconds" in cell:
         memory = f"{cell['peak_mb']:.0f} MB at most, {cell['inputs_mb']:.0f} MB of them the inputs"
