@@ -79,15 +79,14 @@ def allocate(groups: Sequence[Group], curves: Sequence[Curve], cost: CostModel, 
             chosen[curve.index] = curve.kept[pick]
         total = cost.total(chosen)
         if total <= budget:
-            filled = _fill(chosen, curves, cost, budget)
-            error = sum(curve.at(filled[curve.index]) for curve in curves)
+            error = sum(curve.at(chosen[curve.index]) for curve in curves)
             if error < best_error:
-                best, best_error = filled, error
+                best, best_error = chosen, error
         if chosen == kept and number and 0 <= budget - total < CLOSE * budget:
             break
         spend += budget - total
         kept = chosen
-    return best
+    return _fill(best, curves, cost, budget)
 
 
 def _finite(curves: Sequence[Curve]) -> list[Curve]:
