@@ -17,7 +17,8 @@ from graphprune.costs import CostModel
 from graphprune.errors import BudgetError
 from graphprune.groups import Group
 from graphprune.kernels.knapsack import knapsack
-from graphprune.scope import allowed_counts, keep_counts
+from graphprune.rounding import allowed_counts
+from graphprune.scope import keep_counts
 from graphprune.scores.evidence import Scores
 from graphprune.sensitivity import Curve
 

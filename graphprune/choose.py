@@ -17,13 +17,10 @@ from graphprune.graph import Tensor
 from graphprune.groups import Group
 from graphprune.labels import varying_axes
 from graphprune.plan import Masks
+from graphprune.rounding import keep_count
 from graphprune.scores.evidence import Scores
 from graphprune.scores.weights import weights_of
 
-#: Groups of at least this many labels are rounded by default.
-ROUNDED_FROM = 32
-#: To a multiple of this.
-ROUND_TO = 8
 #: A way to cut that reaches this share of the most weights that any reaches is good enough to be preferred.
 COVERED = 0.9
 #: Up to this many overlapping groups all ways to cut are compared.
@@ -126,22 +123,6 @@ def _named(analysis: Analysis, groups: Sequence[Group], request: Request) -> dic
         for index, hit in enumerate(_match(pattern, names))
         if hit
     }
-
-
-def keep_count(group: Group, ratio: float, round_to: int | None) -> int:
-    """How many of ``group.unit`` equal parts stay."""
-    unit, size = group.unit, group.size
-    if ratio == 0:
-        return unit
-    row = max(len(block) for block in group.blocks)
-    step = round_to if round_to is not None else (ROUND_TO if size >= ROUNDED_FROM else 1)
-    target = (1 - ratio) * unit
-    # Head dimensions are rounded head by head where a head is wide enough; else the whole width counts.
-    width = row if row >= ROUNDED_FROM else size
-    fitting = [k for k in range(1, unit + 1) if (k * width // unit) % step == 0]
-    if not fitting:
-        return unit
-    return min(fitting, key=lambda k: (abs(k - target), k))
 
 
 def _overlaps(analysis: Analysis, groups: Sequence[Group]) -> dict[int, set[int]]:

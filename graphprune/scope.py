@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from math import ceil
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from graphprune.analysis import operands_of
-from graphprune.choose import ROUND_TO, ROUNDED_FROM
 from graphprune.errors import OptionError
 from graphprune.graph import Op, Tensor
 from graphprune.groups import Group
+from graphprune.rounding import allowed_counts, nearest_count
 from graphprune.scores.evidence import Scores
 
 Counts: TypeAlias = npt.NDArray[np.int64]
@@ -75,8 +74,7 @@ def keep_counts(
     allowed = {index: allowed_counts(groups[index], round_to, keep_at_least) for index in ratios}
     if scope == "local":
         for index, ratio in ratios.items():
-            target = (1 - ratio) * kept[index]
-            kept[index] = int(allowed[index][np.argmin(np.abs(allowed[index] - target))])
+            kept[index] = nearest_count(allowed[index], (1 - ratio) * kept[index])
         return kept
     alike = structures(groups) if scope == "isomorphic" else [""] * len(groups)
     pools: dict[tuple[float, str], list[int]] = {}
@@ -87,22 +85,6 @@ def keep_counts(
         for index, count in zip(members, counts, strict=True):
             kept[index] = count
     return kept
-
-
-def allowed_counts(group: Group, round_to: int | None, keep_at_least: float = 0.0) -> Counts:
-    """What may stay of a group, in ``group.unit`` equal parts, ascending; all of it where nothing else may.
-
-    What stays is a multiple of ``round_to`` labels; head dimensions are rounded head by head where a head is wide
-    enough, else the whole width counts.
-    """
-    unit, size = group.unit, group.size
-    row = max(len(block) for block in group.blocks)
-    step = round_to if round_to is not None else (ROUND_TO if size >= ROUNDED_FROM else 1)
-    width = row if row >= ROUNDED_FROM else size
-    counts = np.arange(1, unit + 1, dtype=np.int64)
-    least = ceil(keep_at_least * unit - 1e-9)
-    fitting = counts[((counts * width // unit) % step == 0) & (counts >= least)]
-    return fitting if len(fitting) else counts[-1:]
 
 
 def _share(groups: list[Group], scores: Scores, ratio: float, allowed: list[Counts]) -> list[int]:

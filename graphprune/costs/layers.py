@@ -17,6 +17,7 @@ from graphprune.costs.widths import Widths
 from graphprune.evaluate import node_proto
 from graphprune.flow import SignatureFlow
 from graphprune.graph import Op, Tensor
+from graphprune.rounding import ROUND_TO, ROUNDED_FROM
 from graphprune.rules.registry import Refusal, find_rule
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ LINE = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 GRID = (1.0, 0.75, 0.5, 0.25, 0.125)
 #: The same for sizes that are no multiple of the block.
 RAGGED = (0.95, 0.6, 0.3, 0.1)
-#: Groups of at least this size keep multiples of 8 unless the user asks for others.
-ROUNDED_FROM, ROUND_TO = 32, 8
 #: Sizes of kinds of op that do not care for blocks are measured at multiples of this where they are large.
 STEP = 8
 
