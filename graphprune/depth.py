@@ -25,6 +25,7 @@ from graphprune.blocks import (
 from graphprune.calibration import Calibration
 from graphprune.errors import ModelError, OptionError
 from graphprune.execution import make_session
+from graphprune.inlining import inline
 from graphprune.masked import WHERE_SINCE
 from graphprune.model import copy, save
 from graphprune.nodes import subgraphs
@@ -120,14 +121,6 @@ def node_at(branch: Branch) -> ir.Node:
     node = branch.op.node
     assert node is not None
     return node
-
-
-def inline(model: ir.Model, functions: set[tuple[str, str, str]]) -> None:
-    """Inline calls of functions, in place, and drop the functions."""
-    from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
-
-    InlinePass(criteria=lambda function: function.identifier() in functions)(model)
-    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 # -- measuring ------------------------------------------------------------------------------------------------------

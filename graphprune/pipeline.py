@@ -11,6 +11,7 @@ from graphprune.choose import Request
 from graphprune.errors import ModelError
 from graphprune.graph import Op
 from graphprune.groups import find_groups
+from graphprune.inlining import inline, inlined
 from graphprune.model import as_ir, copy
 from graphprune.network import Network
 from graphprune.passes.split_fills import SplitFillsPass
@@ -63,14 +64,14 @@ def reference_of(
     reference = copy(network.model)
     ops = network.analysis.graph.ops
     if reference.functions:
-        reference = inline(reference, {function.identifier() for function in reference.functions.values()})
-        inlined = build_twin(reference, input_shapes).ops
-        if [op.kind for op in inlined] != [op.kind for op in ops]:
+        reference = inlined(reference, {function.identifier() for function in reference.functions.values()})
+        flat = build_twin(reference, input_shapes).ops
+        if [op.kind for op in flat] != [op.kind for op in ops]:
             raise ModelError(
                 "the model's functions cannot be inlined one by one, so that nothing could be verified"
             )
         return reference, {
-            op: other.node for op, other in zip(ops, inlined, strict=True) if other.node is not None
+            op: other.node for op, other in zip(ops, flat, strict=True) if other.node is not None
         }
     mapping = dict(zip(network.model.graph.all_nodes(), reference.graph.all_nodes(), strict=True))
     return reference, {op: mapping[op.node] for op in ops if op.node is not None}
@@ -96,23 +97,9 @@ def apply_plan(
         functions = functions_to_inline(network.analysis, masks, edits)
         if not functions:
             break
-        _inline_in_place(model, functions)
+        inline(model, functions)
     Rewriter(network.analysis, masks).run(edits)
     network.fills.join()
-
-
-def inline(model: ir.Model, functions: set[tuple[str, str, str]]) -> ir.Model:
-    """A copy of a model, some functions inlined."""
-    inlined = copy(model)
-    _inline_in_place(inlined, functions)
-    return inlined
-
-
-def _inline_in_place(model: ir.Model, functions: set[tuple[str, str, str]]) -> None:
-    from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
-
-    InlinePass(criteria=lambda function: function.identifier() in functions)(model)
-    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def prune(

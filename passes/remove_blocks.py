@@ -23,11 +23,11 @@ from graphprune.depth import (
     Progress,
     ResidualNetwork,
     cut_branches,
-    inline,
     measure_branches,
     node_at,
 )
 from graphprune.errors import ModelError, OptionError, VerificationError
+from graphprune.inlining import inline
 from graphprune.model import save
 from graphprune.twin import build_twin
 from graphprune.verify import check_valid, difference, least_scale, tolerance_of

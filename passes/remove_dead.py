@@ -13,6 +13,7 @@ import onnx_ir as ir
 from graphprune.cost import macs, parameters
 from graphprune.dead import find_dead
 from graphprune.folding import Fold, folds_of, put_in_place
+from graphprune.inlining import inline
 from graphprune.intervals import Intervals
 from graphprune.model import copy
 from graphprune.pipeline import analyze_ir
@@ -160,7 +161,7 @@ class _Removal:
             functions |= {call.op_identifier() for fold in folds for call in fold.op.path}
             if not functions:
                 break
-            _inline(self._model, functions)
+            inline(self._model, functions)
         report = DeadReport(
             plan,
             [Folded(fold.op.name, fold.count, fold.where) for fold in folds],
@@ -197,13 +198,6 @@ class _Removal:
         moved = {out for fold in folds if fold.replaced is None for out in fold.op.outputs if out is not None}
         trials = [*given, feeds_within(graph, self._range or {}, seed)]
         return compare(self._original, self._model, masks, trials, moved)
-
-
-def _inline(model: ir.Model, functions: set[tuple[str, str, str]]) -> None:
-    from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
-
-    InlinePass(criteria=lambda function: function.identifier() in functions)(model)
-    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
 
 
 def _stayed(groups: Sequence[Group], reasons: Mapping[int, str]) -> list[Stayed]:
