@@ -13,19 +13,18 @@ import onnx_ir as ir
 
 from graphprune.errors import VerificationError
 from graphprune.graph import Graph, Tensor
-from graphprune.kernels.box import compact
 from graphprune.model import copy, save
 from graphprune.plan import Masks
 from graphprune.verify import (
-    _behind_jumps,
-    _dtype,
-    _expose,
-    _run,
-    _session,
     check_valid,
     difference,
+    dtype_of,
+    expose,
+    first_fault,
     least_scale,
+    open_session,
     random_feeds,
+    run_session,
     tolerance_of,
 )
 
@@ -75,7 +74,7 @@ def compare(
                 name: difference(expected[name], found.get(name), least_scale(made_by.get(name)))
                 for name in expected
             }
-            wrong = [o for o, error in errors.items() if not error <= tolerance_of(_dtype(expected[o]))]
+            wrong = [o for o, error in errors.items() if not error <= tolerance_of(dtype_of(expected[o]))]
             if wrong:
                 _explain(original, model, masks, each, folder, wrong, moved)
             largest = max([largest, *(errors[o] for o in errors if o not in wrong)])
@@ -85,8 +84,8 @@ def compare(
 def _both(folder: Path, names: tuple[str, str], feeds: Feeds) -> tuple[dict[str, Any], dict[str, Any]]:
     results = []
     for name, what in zip(names, ("the original", "the model without its dead positions"), strict=True):
-        with _session(folder / f"{name}.onnx", what) as session:
-            results.append(_run(session, feeds, what))
+        with open_session(folder / f"{name}.onnx", what) as session:
+            results.append(run_session(session, feeds, what))
     return results[0], results[1]
 
 
@@ -114,30 +113,17 @@ def _explain(
     }
     for each, name in ((original, "original_all"), (model, "cut_all")):
         exposed = copy(each)
-        _expose(exposed, {v.name: v for node in exposed.graph for v in node.outputs}, list(tensors))
+        expose(exposed, {v.name: v for node in exposed.graph for v in node.outputs}, list(tensors))
         save(exposed, folder / f"{name}.onnx")
     expected, found = _both(folder, ("original_all", "cut_all"), feeds)
-    differs: dict[Tensor, float] = {}
-    for name, tensor in tensors.items():
-        if name not in expected or name not in found or tensor.data is not None:
-            continue
-        reference, mask = expected[name], masks.mask(tensor)
-        if mask is not None and isinstance(reference, np.ndarray):
-            if any(m not in (1, s) for m, s in zip(mask.shape, reference.shape, strict=True)):
-                continue
-            reference = compact(reference, mask)
-        error = difference(reference, found[name], least_scale(tensor.producer))
-        if not error <= tolerance_of(_dtype(reference)):
-            differs[tensor] = error
-    behind = _behind_jumps(graph, differs)
-    for op in graph.ops:
-        for output in op.outputs:
-            if output is not None and output in differs and output not in behind:
-                raise VerificationError(
-                    f"without its dead positions, tensor {output.name!r}, made by {op.kind} {op.name!r}, differs from"
-                    f" the original by {differs[output]:.2g} of its scale; leave the model as it is (no --dead) and"
-                    " please report it"
-                )
+    fault, behind = first_fault(graph, tensors, masks, expected, found)
+    if fault is not None:
+        op, output, error = fault
+        raise VerificationError(
+            f"without its dead positions, tensor {output.name!r}, made by {op.kind} {op.name!r}, differs from"
+            f" the original by {error:.2g} of its scale; leave the model as it is (no --dead) and"
+            " please report it"
+        )
     unexplained = [name for name in wrong if tensors.get(name) not in behind]
     if unexplained:
         raise VerificationError(

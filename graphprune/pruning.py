@@ -14,9 +14,10 @@ from graphprune.budget import Budget
 from graphprune.calibration import Calibration, load_calibration
 from graphprune.cost import macs, parameters
 from graphprune.errors import NothingToPruneError, OptionError
+from graphprune.inlining import inlined
 from graphprune.model import copy, file_size
 from graphprune.network import Network, Pruned
-from graphprune.pipeline import Progress, analyze_ir, inline, reference_of
+from graphprune.pipeline import Progress, analyze_ir, reference_of
 from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
@@ -88,7 +89,7 @@ class Pruning:
         self.calibration = loaded
         if base.functions and (loaded is not None or settings.repair) and (settings.cuts or settings.blocks):
             # Statistics are taken inside of functions, and repaired weights differ from call to call.
-            base = inline(base, {function.identifier() for function in base.functions.values()})
+            base = inlined(base, {function.identifier() for function in base.functions.values()})
         if settings.dead:
             base = self._without_dead(base)
         self._whole = base  # what the result is to answer like, position by position
@@ -180,7 +181,7 @@ class Pruning:
                 functions = functions_to_inline(network.analysis, masks, edits)
             if not functions:
                 break
-            base = inline(base, functions)
+            base = inlined(base, functions)
         report = Report(
             parameters_before=parameters(self.original),
             parameters_after=0,

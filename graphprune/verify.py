@@ -17,6 +17,7 @@ from graphprune.graph import Graph, Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
 from graphprune.model import copy, save
+from graphprune.plan import Masks
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -172,7 +173,12 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _session(path: Path, what: str) -> Iterator[onnxruntime.InferenceSession]:
+def open_session(path: Path, what: str) -> Iterator[onnxruntime.InferenceSession]:
+    """A file in ONNX Runtime, unoptimised; ``what`` it is called in complaints.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot load it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -193,7 +199,12 @@ def _session(path: Path, what: str) -> Iterator[onnxruntime.InferenceSession]:
     yield session
 
 
-def _run(session: onnxruntime.InferenceSession, feeds: Feeds, what: str) -> dict[str, Any]:
+def run_session(session: onnxruntime.InferenceSession, feeds: Feeds, what: str) -> dict[str, Any]:
+    """All outputs by name, on those of the feeds that the model takes.
+
+    Raises:
+        VerificationError: ONNX Runtime cannot run it.
+    """
     names = [output.name for output in session.get_outputs()]
     wanted = {value.name for value in session.get_inputs()}
     try:
@@ -291,14 +302,14 @@ def verify(
         _save_masked(pruned, masked_path)
         _release(pruned.original)
         expected, original = _run_masked(masked_path, feeds)
-        with _session(path, "the pruned model") as session:
-            found = _run(session, feeds, "the pruned model")
+        with open_session(path, "the pruned model") as session:
+            found = run_session(session, feeds, "the pruned model")
         made_by = {tensor.name: tensor.producer for tensor in graph.outputs}
         errors = {
             name: difference(expected[name], found.get(name), least_scale(made_by.get(name)))
             for name in expected
         }
-        wrong = [o for o, error in errors.items() if not error <= tolerance_of(_dtype(expected[o]))]
+        wrong = [o for o, error in errors.items() if not error <= tolerance_of(dtype_of(expected[o]))]
         if wrong:
             _explain(pruned, feeds, folder, wrong)
             pruned.report.notes.append(
@@ -308,7 +319,7 @@ def verify(
         right = [errors[o] for o in errors if o not in wrong]
         pruned.report.max_error = max(right, default=0.0)
         pruned.report.output_change = max(
-            (difference(original[o], found[o]) for o in found if _dtype(found[o]).kind in "fV"), default=0.0
+            (difference(original[o], found[o]) for o in found if dtype_of(found[o]).kind in "fV"), default=0.0
         )
 
 
@@ -343,10 +354,10 @@ def verify_sound(
             save(pruned.model, path)
         check_valid(path, original)
         save(original, folder / "original.onnx")
-        with _session(folder / "original.onnx", "the original") as session:
-            expected = _run(session, feeds, "the original")
-        with _session(path, "the repaired model") as session:
-            found = _run(session, feeds, "the repaired model")
+        with open_session(folder / "original.onnx", "the original") as session:
+            expected = run_session(session, feeds, "the original")
+        with open_session(path, "the repaired model") as session:
+            found = run_session(session, feeds, "the repaired model")
     changes = [0.0]
     for output, array in expected.items():
         other = found.get(output)
@@ -376,7 +387,8 @@ def _release(model: ir.Model) -> None:
                     value.const_value.release()
 
 
-def _dtype(array: Any) -> np.dtype[Any]:
+def dtype_of(array: Any) -> np.dtype[Any]:
+    """The type of an output's elements; object where it is no tensor."""
     return array.dtype if isinstance(array, np.ndarray) else np.dtype(object)
 
 
@@ -386,11 +398,12 @@ def _save_masked(pruned: Pruned, path: Path, exposed: Sequence[str] = ()) -> Non
     node_of = {op: mapping[node] for op, node in pruned.node_of.items()}
     by_name = {value.name: value for node in model.graph for value in node.outputs}
     mask_model(model, node_of, pruned.network.analysis, pruned.masks, pruned.edits)
-    _expose(model, by_name, exposed)
+    expose(model, by_name, exposed)
     save(model, path)
 
 
-def _expose(model: ir.Model, by_name: Mapping[str | None, ir.Value], names: Sequence[str]) -> None:
+def expose(model: ir.Model, by_name: Mapping[str | None, ir.Value], names: Sequence[str]) -> None:
+    """Make further values of the main graph outputs, in place."""
     present = {value.name for value in model.graph.outputs}
     for name in names:
         value = by_name.get(name)
@@ -400,9 +413,9 @@ def _expose(model: ir.Model, by_name: Mapping[str | None, ir.Value], names: Sequ
 
 
 def _run_masked(path: Path, feeds: Feeds) -> tuple[dict[str, Any], dict[str, Any]]:
-    with _session(path, "the masked original") as session:
-        masked = _run(session, {**feeds, SWITCH: np.asarray(False)}, "the masked original")
-        original = _run(session, {**feeds, SWITCH: np.asarray(True)}, "the original")
+    with open_session(path, "the masked original") as session:
+        masked = run_session(session, {**feeds, SWITCH: np.asarray(False)}, "the masked original")
+        original = run_session(session, {**feeds, SWITCH: np.asarray(True)}, "the original")
     return masked, original
 
 
@@ -427,34 +440,58 @@ def _explain(pruned: Pruned, feeds: Feeds, folder: Path, wrong: Sequence[str]) -
     _save_masked(pruned, folder / "masked_all.onnx", names)
     expected, _ = _run_masked(folder / "masked_all.onnx", feeds)
     exposed = copy(pruned.model)
-    _expose(exposed, {v.name: v for node in exposed.graph for v in node.outputs}, names)
+    expose(exposed, {v.name: v for node in exposed.graph for v in node.outputs}, names)
     save(exposed, folder / "pruned_all.onnx")
-    with _session(folder / "pruned_all.onnx", "the pruned model") as session:
-        found = _run(session, feeds, "the pruned model")
-    differs: dict[Tensor, float] = {}
-    for name, tensor in tensors.items():
-        if name not in expected or name not in found or tensor.data is not None:
-            continue
-        mask = pruned.masks.mask(tensor)
-        reference = expected[name]
-        if mask is not None and isinstance(reference, np.ndarray):
-            if any(m not in (1, s) for m, s in zip(mask.shape, reference.shape, strict=True)):
-                continue
-            reference = compact(reference, mask)
-        error = difference(reference, found[name], least_scale(tensor.producer))
-        if not error <= tolerance_of(_dtype(reference)):
-            differs[tensor] = error
-    behind_jump = _behind_jumps(graph, differs)
-    for op in graph.ops:
-        for output in op.outputs:
-            if output is not None and output in differs and output not in behind_jump:
-                raise VerificationError(_message(pruned, op, output, differs[output]))
+    with open_session(folder / "pruned_all.onnx", "the pruned model") as session:
+        found = run_session(session, feeds, "the pruned model")
+    fault, behind_jump = first_fault(graph, tensors, pruned.masks, expected, found)
+    if fault is not None:
+        raise VerificationError(_message(pruned, *fault))
     unexplained = [name for name in wrong if tensors.get(name) not in behind_jump]
     if unexplained:
         raise VerificationError(
             f"output {unexplained[0]!r} of the pruned model differs from the masked original; this is a fault of"
             " graphprune: please report it with the model, and prune with --exclude until it is mended"
         )
+
+
+def first_fault(
+    graph: Graph,
+    tensors: Mapping[str, Tensor],
+    masks: Masks,
+    expected: Mapping[str, Any],
+    found: Mapping[str, Any],
+) -> tuple[tuple[Op, Tensor, float] | None, set[Tensor]]:
+    """Where two forms of a network first differ though no jump explains it.
+
+    Args:
+        graph: The twin.
+        tensors: What is compared, by name.
+        masks: What the cut leaves of them.
+        expected, found: Contents before the cut, whole, and after it, by name.
+
+    Returns:
+        The op, its output and the difference, or None; and the tensors that differ, or may, behind jumps.
+    """
+    differs: dict[Tensor, float] = {}
+    for name, tensor in tensors.items():
+        if name not in expected or name not in found or tensor.data is not None:
+            continue
+        mask = masks.mask(tensor)
+        reference = expected[name]
+        if mask is not None and isinstance(reference, np.ndarray):
+            if any(m not in (1, s) for m, s in zip(mask.shape, reference.shape, strict=True)):
+                continue
+            reference = compact(reference, mask)
+        error = difference(reference, found[name], least_scale(tensor.producer))
+        if not error <= tolerance_of(dtype_of(reference)):
+            differs[tensor] = error
+    behind = _behind_jumps(graph, differs)
+    for op in graph.ops:
+        for output in op.outputs:
+            if output is not None and output in differs and output not in behind:
+                return (op, output, differs[output]), behind
+    return None, behind
 
 
 def _behind_jumps(graph: Graph, differs: Mapping[Tensor, float]) -> set[Tensor]:
