@@ -44,7 +44,7 @@ import graphprune
 from benchmarks import accuracy_report
 from benchmarks.accuracy_data import TASKS, Shapes, Task, session
 from benchmarks.speed import machine, run
-from graphprune.budget import Budget
+from graphprune.choice.budget import Budget
 from graphprune.cost import macs, parameters
 from graphprune.model import as_ir
 from graphprune.pruning import Pruning

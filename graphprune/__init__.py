@@ -26,16 +26,16 @@ from graphprune.errors import (
 )
 
 if TYPE_CHECKING:
-    from graphprune.analysis import Analysis as Analysis
+    from graphprune.axes.analysis import Analysis as Analysis
+    from graphprune.axes.coupling import coupling_graph as coupling_graph
+    from graphprune.axes.groups import Group as Group
     from graphprune.calibration import Calibration as Calibration
     from graphprune.calibration import load_calibration as load_calibration
-    from graphprune.coupling import coupling_graph as coupling_graph
-    from graphprune.groups import Group as Group
+    from graphprune.calibration.preprocess import Preprocess as Preprocess
     from graphprune.network import Network as Network
     from graphprune.pipeline import analyze as analyze
     from graphprune.pipeline import prune as prune
     from graphprune.plan import Plan as Plan
-    from graphprune.preprocess import Preprocess as Preprocess
     from graphprune.report import Report as Report
 
 __version__ = "0.1.0"
@@ -66,15 +66,15 @@ __all__ = [
 
 # The home module of each lazy name; the imports under TYPE_CHECKING say the same to type checkers.
 _HOMES = {
-    "Analysis": "graphprune.analysis",
+    "Analysis": "graphprune.axes.analysis",
     "Calibration": "graphprune.calibration",
-    "Group": "graphprune.groups",
+    "Group": "graphprune.axes.groups",
     "Network": "graphprune.network",
     "Plan": "graphprune.plan",
-    "Preprocess": "graphprune.preprocess",
+    "Preprocess": "graphprune.calibration.preprocess",
     "Report": "graphprune.report",
     "analyze": "graphprune.pipeline",
-    "coupling_graph": "graphprune.coupling",
+    "coupling_graph": "graphprune.axes.coupling",
     "load_calibration": "graphprune.calibration",
     "prune": "graphprune.pipeline",
 }

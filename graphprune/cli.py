@@ -24,9 +24,9 @@ from graphprune.arguments import parse
 from graphprune.errors import BudgetError, GraphPruneError, OptionError, PlanError, VerificationError
 
 if TYPE_CHECKING:
-    from graphprune.budget import Budget
+    from graphprune.choice.budget import Budget
+    from graphprune.choice.search import Drop
     from graphprune.network import Pruned
-    from graphprune.search import Drop
     from graphprune.settings import Settings
 
 #: Exit codes. An interrupted command ends with 128 + the signal's number, as shells have it.
@@ -120,7 +120,7 @@ def _same_file(a: Path, b: Path) -> bool:
 
 def _budget(options: argparse.Namespace) -> Budget | None:
     """The budget, once it is clear that one thing is asked for."""
-    from graphprune.budget import only_budget
+    from graphprune.choice.budget import only_budget
 
     budget = only_budget(
         {kind: getattr(options, kind) for kind in ("macs", "params", "size", "latency", "energy")}
@@ -151,7 +151,7 @@ def _budget(options: argparse.Namespace) -> Budget | None:
 
 
 def _settings(options: argparse.Namespace, budget: Budget | None) -> Settings:
-    from graphprune.choose import Request
+    from graphprune.choice.choose import Request
     from graphprune.plan import Plan
     from graphprune.scores import find_score
     from graphprune.settings import Settings
@@ -186,8 +186,8 @@ def _settings(options: argparse.Namespace, budget: Budget | None) -> Settings:
 def _drop(options: argparse.Namespace) -> Drop | None:
     if options.max_drop is None:
         return None
-    from graphprune.metrics import find_metric
-    from graphprune.search import Drop
+    from graphprune.choice.metrics import find_metric
+    from graphprune.choice.search import Drop
 
     if options.metric is not None:
         find_metric(options.metric)
@@ -205,8 +205,8 @@ def _prune(options: argparse.Namespace) -> int:
 
     with Steps(quiet=options.quiet) as steps:
         steps("imports")
+        from graphprune.calibration.preprocess import Preprocess
         from graphprune.model import as_ir, staged
-        from graphprune.preprocess import Preprocess
         from graphprune.pruning import Pruning, finish
 
         settings, drop = _settings(options, budget), _drop(options)
@@ -233,7 +233,7 @@ def _prune(options: argparse.Namespace) -> int:
                 file.commit()
                 commit_plan()
         if curves is not None:
-            from graphprune.sensitivity import save_curves
+            from graphprune.choice.sensitivity import save_curves
 
             save_curves(curves, pruning.network.groups, options.sensitivity)
     pruned.report.seconds = {**steps.seconds, "total": perf_counter() - start}
@@ -309,7 +309,7 @@ def _inspect(options: argparse.Namespace) -> int:
         steps("analysis")
         network = analyze_ir(model, shapes)
         if options.why:
-            from graphprune.coupling import why
+            from graphprune.axes.coupling import why
 
             answer = why(network, *options.why)
     if options.why:

@@ -8,12 +8,12 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from graphprune.analysis import Analysis
-from graphprune.flow import SignatureFlow
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.flow import SignatureFlow
+from graphprune.axes.signature import Signature
 from graphprune.graph import Op
-from graphprune.nodes import stored_tensor
+from graphprune.model.nodes import stored_tensor
 from graphprune.rules.registry import Refusal, find_rule
-from graphprune.signature import Signature
 
 #: The size of each factor of one op.
 SizeOf: TypeAlias = Callable[[str], int]

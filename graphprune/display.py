@@ -23,11 +23,11 @@ from graphprune.report import Report, group_to_dict
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from graphprune.groups import Group
+    from graphprune.axes.groups import Group
+    from graphprune.choice.sensitivity import Curve
     from graphprune.network import Network
     from graphprune.plan import Plan
-    from graphprune.repair import RepairReport
-    from graphprune.sensitivity import Curve
+    from graphprune.repair.refit import RepairReport
 
 #: Where stderr is no terminal, steps are named after this many seconds.
 PATIENCE = 2.0

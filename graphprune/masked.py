@@ -16,17 +16,17 @@ from math import prod
 import numpy as np
 import onnx_ir as ir
 
-from graphprune.analysis import Analysis
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.flow import Operand, SignatureFlow
+from graphprune.axes.labels import Labels, varying_axes
+from graphprune.axes.signature import Role
 from graphprune.errors import VerificationError
-from graphprune.flow import Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
 from graphprune.kernels.box import Mask, combined, separable
-from graphprune.labels import Labels, varying_axes
+from graphprune.model.splice import Splicer, base_name
 from graphprune.plan import Masks
 from graphprune.rewrite import Edits
 from graphprune.rules.registry import Refusal, tensor_at
-from graphprune.signature import Role
-from graphprune.splice import Splicer, base_name
 
 #: Name of the added input: true switches all masks off.
 SWITCH = "graphprune_unmasked"

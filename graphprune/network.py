@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from graphprune.analysis import Analysis
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.groups import Group
 from graphprune.graph import Op
-from graphprune.groups import Group
 from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Masks
 from graphprune.report import Report

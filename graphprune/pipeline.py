@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from graphprune.analysis import Analysis
-from graphprune.budget import only_budget
-from graphprune.choose import Request
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.groups import find_groups
+from graphprune.choice.budget import only_budget
+from graphprune.choice.choose import Request
 from graphprune.errors import ModelError
 from graphprune.graph import Op
-from graphprune.groups import find_groups
-from graphprune.inlining import inline, inlined
+from graphprune.graph.twin import build_twin
 from graphprune.model import as_ir, copy
+from graphprune.model.inlining import inline, inlined
 from graphprune.network import Network
 from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
 from graphprune.rewrite import Rewriter, collect, functions_to_inline
 from graphprune.settings import Settings
-from graphprune.twin import build_twin
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     import onnx_ir as ir
 
-    from graphprune.preprocess import Preprocess
-    from graphprune.search import Drop
+    from graphprune.calibration.preprocess import Preprocess
+    from graphprune.choice.search import Drop
 
 Model = TypeVar("Model")
 Progress = Callable[[str], None]
@@ -156,7 +156,7 @@ def prune(
         keep_at_least: The fraction that every group keeps.
         calibration: Inputs, as a path (.npz, .npy, a folder of images), arrays by input name, an iterable of feeds, or
             a :class:`graphprune.calibration.Calibration`. Scores, curves and repair are measured on them.
-        preprocess: What makes inputs of images: a :class:`graphprune.preprocess.Preprocess` or its text.
+        preprocess: What makes inputs of images: a :class:`graphprune.calibration.preprocess.Preprocess` or its text.
         repair: Refit what reads a cut; by default with ``calibration``.
         dead: First remove, exactly, what contributes nothing.
         blocks: First remove so many residual branches.
@@ -190,7 +190,7 @@ def prune(
         >>> import graphprune
         >>> small, report = graphprune.prune("model.onnx", channels=0.3)  # doctest: +SKIP
     """
-    from graphprune.preprocess import Preprocess as Steps
+    from graphprune.calibration.preprocess import Preprocess as Steps
     from graphprune.pruning import Pruning, finish
 
     limits = {"macs": macs, "params": params, "size": size, "latency": latency, "energy": energy}
@@ -226,6 +226,6 @@ def prune(
 
 
 def _drop(most: float, metric: str | None, jobs: int, executor: Executor | None) -> Drop:
-    from graphprune.search import Drop
+    from graphprune.choice.search import Drop
 
     return Drop(most, metric, jobs, executor)

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from graphprune.analysis import Analysis
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.groups import Group
+from graphprune.axes.labels import Labels
 from graphprune.errors import PlanError
 from graphprune.graph import Tensor
-from graphprune.groups import Group
 from graphprune.kernels.box import Mask, box, box_of_parts, by_axis, combined
-from graphprune.labels import Labels
 
 #: Version of the plan file's format.
 FORMAT = 1

@@ -9,27 +9,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphprune.analysis import Analysis
-from graphprune.budget import Budget
+from graphprune.axes.analysis import Analysis
 from graphprune.calibration import Calibration, load_calibration
+from graphprune.choice.budget import Budget
+from graphprune.choice.selection import Selection
 from graphprune.cost import macs, parameters
 from graphprune.errors import NothingToPruneError, OptionError
-from graphprune.inlining import inlined
+from graphprune.graph.twin import build_twin
 from graphprune.model import copy, file_size
+from graphprune.model.inlining import inlined
 from graphprune.network import Network, Pruned
 from graphprune.pipeline import Progress, analyze_ir, reference_of
 from graphprune.plan import Plan, make_plan
 from graphprune.report import Report
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
-from graphprune.selection import Selection
 from graphprune.settings import Settings
-from graphprune.twin import build_twin
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphprune.preprocess import Preprocess
-    from graphprune.search import Drop
+    from graphprune.calibration.preprocess import Preprocess
+    from graphprune.choice.search import Drop
 
 #: Fewer inputs than this are too few to measure and repair with.
 LEAST_SAMPLES = 8
@@ -212,7 +212,7 @@ class Pruning:
 
     def plan_for_latency(self, budget: Budget) -> Plan:
         """The plan that brings the measured latency to a budget."""
-        from graphprune.search import plan_for_latency
+        from graphprune.choice.search import plan_for_latency
 
         with self._timed("search"):
             plan, foretold, measured = plan_for_latency(self, budget)
@@ -224,7 +224,7 @@ class Pruning:
 
     def plan_within(self, drop: Drop, data: object) -> Plan:
         """The plan that removes most within a drop of accuracy; what is held out for judging serves nothing else."""
-        from graphprune.search import plan_within_drop, split
+        from graphprune.choice.search import plan_within_drop, split
 
         if data is not None:
             judged_on = load_calibration(data, self.network.analysis.graph, preprocess=self._preprocess)
@@ -269,8 +269,8 @@ class Pruning:
 
     def repair(self, pruned: Pruned) -> None:
         """Refit what reads a cut, in place; with inputs by least squares, without any by stored statistics."""
-        from graphprune.datafree import repair_without_data
-        from graphprune.repair import RepairReport, repair
+        from graphprune.repair.datafree import repair_without_data
+        from graphprune.repair.refit import RepairReport, repair
 
         done: RepairReport
         with self._timed("repair"):

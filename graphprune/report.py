@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphprune.groups import Group
+    from graphprune.axes.groups import Group
     from graphprune.plan import Plan
-    from graphprune.repair import RepairReport
+    from graphprune.repair.refit import RepairReport
 
 
 @dataclass

@@ -17,16 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphprune.analysis import Analysis, operands_of
+from graphprune.axes.analysis import Analysis, operands_of
+from graphprune.axes.flow import Operand, SignatureFlow
+from graphprune.axes.signature import View
 from graphprune.errors import PlanError
-from graphprune.evaluate import evaluate_constant
-from graphprune.flow import Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
+from graphprune.graph.evaluate import evaluate_constant
 from graphprune.kernels.box import Mask, box_of_parts, compact
+from graphprune.model.splice import Splicer, base_name
 from graphprune.plan import Masks
 from graphprune.rules.registry import Refusal, find_rule, tensor_at
-from graphprune.signature import View
-from graphprune.splice import Splicer, base_name
 
 Array = npt.NDArray[Any]
 

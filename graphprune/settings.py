@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from graphprune.budget import Budget
-from graphprune.choose import Request
+from graphprune.choice.budget import Budget
+from graphprune.choice.choose import Request
 from graphprune.errors import OptionError
 from graphprune.plan import Plan
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from graphprune.blocks import Branch, dead_ops, readers_of_values
 from graphprune.calibration import Calibration
 from graphprune.cost import macs, macs_of, parameters
-from graphprune.depth import (
+from graphprune.depth.blocks import Branch, dead_ops, readers_of_values
+from graphprune.depth.removal import (
     Criterion,
     Cut,
     Feeds,
@@ -27,9 +27,9 @@ from graphprune.depth import (
     node_at,
 )
 from graphprune.errors import ModelError, OptionError, VerificationError
-from graphprune.inlining import inline
+from graphprune.graph.twin import build_twin
 from graphprune.model import save
-from graphprune.twin import build_twin
+from graphprune.model.inlining import inline
 from graphprune.verify import check_valid, difference, least_scale, tolerance_of
 
 #: Names listed in a message before it says how many more there are.
@@ -42,7 +42,7 @@ class RemovedBlock:
 
     Attributes:
         name: The op that added it to the stream.
-        score: What was measured when it was chosen; see :func:`graphprune.depth.measure_branches`.
+        score: What was measured when it was chosen; see :func:`graphprune.depth.removal.measure_branches`.
         ops: Number of ops that went with it.
         parameters: Weights that only it read.
         macs: Its multiply-accumulates.
@@ -158,7 +158,7 @@ def remove_blocks(
         model: Changed in place; as it was if anything is raised.
         count: Number of branches to remove.
         calibration: Inputs to measure on; random ones, with a warning, if None.
-        by: ``cosine`` or ``error``: see :func:`graphprune.depth.measure_branches`.
+        by: ``cosine`` or ``error``: see :func:`graphprune.depth.removal.measure_branches`.
         remeasure: Measure again after each choice, without what has been chosen. (ResNet-56 on CIFAR-10 with 8 of its
             25 branches gone by ``cosine`` has 54.0 % of its 83.3 % top-1 left then, 31.8 % if all are measured once;
             by ``error`` it has 64.5 %.)

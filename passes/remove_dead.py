@@ -11,17 +11,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphprune.cost import macs, parameters
-from graphprune.dead import find_dead
-from graphprune.folding import Fold, folds_of, put_in_place
-from graphprune.inlining import inline
-from graphprune.intervals import Intervals
+from graphprune.dead.folding import Fold, folds_of, put_in_place
+from graphprune.dead.intervals import Intervals
+from graphprune.dead.positions import find_dead
 from graphprune.model import copy
+from graphprune.model.inlining import inline
 from graphprune.pipeline import analyze_ir
 from graphprune.plan import Masks, Plan, make_plan
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
 
 if TYPE_CHECKING:
-    from graphprune.groups import Group
+    from graphprune.axes.groups import Group
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def remove_dead(
     """Remove what contributes nothing, in place; the model computes what it did before.
 
     All-zero filters and rows, channels whose BatchNorm scale is zero or whose ReLU is never positive, and channels that
-    nobody reads go, with all that is coupled to them (:mod:`graphprune.dead`). Inputs are assumed to be finite, and
-    the model not to overflow on them; where a constant of the model is infinite or NaN, nothing is concluded from a
+    nobody reads go, with all that is coupled to them (:mod:`graphprune.dead.positions`). Inputs are assumed to be finite,
+    and the model not to overflow on them; where a constant of the model is infinite or NaN, nothing is concluded from a
     multiplication by zero.
 
     Args:
@@ -190,7 +190,7 @@ class _Removal:
         feeds: Sequence[Mapping[str, npt.NDArray[Any]]],
         seed: int,
     ) -> float:
-        from graphprune.compare import compare, feeds_within
+        from graphprune.dead.compare import compare, feeds_within
 
         graph = masks.analysis.graph
         given = [dict(each) for each in feeds]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from graphprune.nodes import is_constant_value, stored_tensor
-from graphprune.splice import Splicer, base_name
+from graphprune.model.nodes import is_constant_value, stored_tensor
+from graphprune.model.splice import Splicer, base_name
 
 
 def is_fill(node: ir.Node) -> bool:

@@ -11,11 +11,11 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from graphprune.analysis import Analysis
-from graphprune.blocks import Branch, find_branches
+from graphprune.axes.analysis import Analysis
 from graphprune.calibration import Calibration
 from graphprune.cost import macs as count_macs
-from graphprune.twin import build_twin
+from graphprune.depth.blocks import Branch, find_branches
+from graphprune.graph.twin import build_twin
 from tests.twins import parse
 
 Array = npt.NDArray[Any]

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.allocate import LEVELS, allocate, levels_of, uniform
+from graphprune.axes.groups import Group
+from graphprune.choice.allocate import LEVELS, allocate, levels_of, uniform
+from graphprune.choice.scope import keep_counts
+from graphprune.choice.sensitivity import Curve
 from graphprune.errors import BudgetError
-from graphprune.groups import Group
-from graphprune.scope import keep_counts
-from graphprune.sensitivity import Curve
 
 Kept = Sequence[int] | npt.NDArray[Any]
 

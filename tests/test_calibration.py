@@ -17,11 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune import memory
-from graphprune.calibration import Calibration, load_calibration
+from graphprune.calibration import Calibration, load_calibration, memory
+from graphprune.calibration.rows import Rows
 from graphprune.errors import OptionError
 from graphprune.graph import Graph
-from graphprune.rows import Rows
 from tests.twins import parse, twin
 
 Array = npt.NDArray[Any]
@@ -261,7 +260,7 @@ def test_batch_axis_by_its_symbol() -> None:
         w=np.ones((1, 3, 2), np.float32) / 10,
         r=np.eye(3, dtype=np.float32)[None] / 10,
     )
-    from graphprune.twin import build_twin
+    from graphprune.graph.twin import build_twin
 
     x, h = numbers(5, 7, 2), numbers(1, 7, 3)
     calibration = load_calibration({"x": x, "h": h}, build_twin(model), samples=6)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.contractions import Contraction, find_contraction
 from graphprune.graph import Graph
-from graphprune.twin import build_twin
+from graphprune.graph.twin import build_twin
+from graphprune.layers.contractions import Contraction, find_contraction
 
 from .activations import Array, activations
 from .twins import parse, twin

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphprune.axes.flow import SignatureFlow
 from graphprune.cost import macs, parameters
 from graphprune.costs import (
     BytesCost,
@@ -25,7 +26,6 @@ from graphprune.costs import (
 )
 from graphprune.costs.energy import DRAM_ENERGY, MAC_ENERGY, SRAM_ENERGY
 from graphprune.errors import OptionError
-from graphprune.flow import SignatureFlow
 from graphprune.graph import Op
 from graphprune.model import as_ir, copy, file_size
 from graphprune.network import Network

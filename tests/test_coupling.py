@@ -14,10 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 import graphprune
 from graphprune import Group, Network, OptionError, analyze, coupling_graph
-from graphprune.coupling import Node, Why, why
-from graphprune.groups import find_groups
+from graphprune.axes.coupling import Node, Why, why
+from graphprune.axes.groups import find_groups
+from graphprune.axes.signature import Role
 from graphprune.rules.registry import find_rule
-from graphprune.signature import Role
 
 from .patterns import PATTERNS, Pattern
 

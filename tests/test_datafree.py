@@ -12,13 +12,13 @@ import onnx_ir as ir
 import pytest
 
 import graphprune
-from graphprune.analysis import Analysis
-from graphprune.datafree import DataFreeReport
-from graphprune.evaluate import evaluate_constant
+from graphprune.axes.analysis import Analysis
+from graphprune.graph.evaluate import evaluate_constant
+from graphprune.graph.twin import build_twin
 from graphprune.model import copy
-from graphprune.moments import Moments, Signal
 from graphprune.plan import Cut, Plan
-from graphprune.twin import build_twin
+from graphprune.repair.datafree import DataFreeReport
+from graphprune.repair.moments import Moments, Signal
 from tests.residual import run
 from tests.twins import parse
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune import folding
+from graphprune.dead import folding
 from graphprune.errors import OptionError, VerificationError
 from graphprune.passes.remove_dead import DeadReport, RemoveDeadPass, remove_dead
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from graphprune.depth import ResidualNetwork, change_of_direction, measure_branches
+from graphprune.depth.removal import ResidualNetwork, change_of_direction, measure_branches
 from graphprune.model import load
 from graphprune.passes.remove_blocks import RemoveBlocksPass, remove_blocks
 from tests.residual import (

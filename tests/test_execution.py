@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphprune.errors import ModelError
-from graphprune.execution import Feeds, Piece, StagedRun, constant_contents, make_session, reads
+from graphprune.layers.execution import Feeds, Piece, StagedRun, constant_contents, make_session, reads
 
 from .activations import Array, activations
 from .twins import parse

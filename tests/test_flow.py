@@ -10,10 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graphprune import flow as flows
-from graphprune.flow import ChainFlow, Flow, Operand, ReshapeFlow, SignatureFlow, TakeFlow, reshape_blocks
-from graphprune.labels import Atoms, Labels, varying_axes
-from graphprune.signature import bind, parse
+from graphprune.axes import flow as flows
+from graphprune.axes.flow import (
+    ChainFlow,
+    Flow,
+    Operand,
+    ReshapeFlow,
+    SignatureFlow,
+    TakeFlow,
+    reshape_blocks,
+)
+from graphprune.axes.labels import Atoms, Labels, varying_axes
+from graphprune.axes.signature import bind, parse
 
 X, Y = Operand(False, 0), Operand(True, 0)
 

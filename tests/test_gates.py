@@ -10,18 +10,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from graphprune.axes.labels import Labels
 from graphprune.errors import OptionError
-from graphprune.gates import Gate, find_gates, free_labels, sample_positions
+from graphprune.gradients.gates import Gate, find_gates, free_labels, sample_positions
+from graphprune.gradients.vjp.emit import Value
+from graphprune.gradients.vjp.program import Place, Program
 from graphprune.graph import TWIN_DOMAIN, Graph, Tensor
-from graphprune.labels import Labels
+from graphprune.graph.twin import build_twin
 from graphprune.masked import SWITCH, mask_model
 from graphprune.model import as_ir, to_proto
 from graphprune.network import Network
 from graphprune.pipeline import analyze_ir, reference_of
 from graphprune.plan import Masks
-from graphprune.twin import build_twin
-from graphprune.vjp.emit import Value
-from graphprune.vjp.program import Place, Program
 
 from .derivatives import Array, in_double, in_runtime, slope
 from .patterns import PATTERNS, Pattern

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import graphprune
-from graphprune.analysis import Analysis
+from graphprune.axes.analysis import Analysis
 from graphprune.errors import NothingToPruneError
 from graphprune.graph import Tensor
+from graphprune.graph.twin import build_twin
 from graphprune.model import as_ir
 from graphprune.plan import Plan
-from graphprune.twin import build_twin
 from tests.laws.graphs import graphs
 from tests.laws.single import run
 

@@ -12,14 +12,14 @@ from onnx import helper, numpy_helper
 
 from graphprune.calibration import Calibration
 from graphprune.errors import OptionError
-from graphprune.gradients import gate_gradients, weight_fisher
+from graphprune.gradients.objective import SIGNS, objective
+from graphprune.gradients.saliency import gate_gradients, weight_fisher
+from graphprune.gradients.vjp.program import Program
+from graphprune.graph.twin import build_twin
 from graphprune.model import as_ir
 from graphprune.network import Network
-from graphprune.objective import SIGNS, objective
 from graphprune.pipeline import analyze_ir
 from graphprune.scores import Evidence, find_score
-from graphprune.twin import build_twin
-from graphprune.vjp.program import Program
 
 from .derivatives import in_runtime
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphprune.rules
+from graphprune.dead.intervals import Bounds, Intervals, Site, registered, rule
+from graphprune.dead.intervals.bounds import between
 from graphprune.errors import OptionError
 from graphprune.graph import Tensor
-from graphprune.intervals import Bounds, Intervals, Site, registered, rule
-from graphprune.intervals.bounds import between
 from graphprune.pipeline import analyze_ir
 
 from .patterns import PATTERNS, Pattern, run

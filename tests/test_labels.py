@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from graphprune.labels import (
+from graphprune.axes.labels import (
     Atoms,
     Colouring,
     Labels,

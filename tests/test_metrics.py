@@ -14,10 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune import memory
-from graphprune.calibration import Calibration, load_calibration
+from graphprune.calibration import Calibration, load_calibration, memory
+from graphprune.choice.metrics import METRICS, evaluate, find_metric
 from graphprune.errors import GraphPruneError, MetricError, ModelError, OptionError
-from graphprune.metrics import METRICS, evaluate, find_metric
 from tests.twins import parse, twin
 
 Array = npt.NDArray[Any]

@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from graphprune import preprocess
-from graphprune.calibration import Calibration, load_calibration
+from graphprune.calibration import Calibration, load_calibration, preprocess
+from graphprune.calibration.preprocess import PRESETS, Preprocess
 from graphprune.errors import OptionError
-from graphprune.preprocess import PRESETS, Preprocess
 from tests.twins import twin
 
 Array = npt.NDArray[Any]
@@ -372,7 +371,7 @@ sys.modules["PIL"] = None
 import numpy as np
 from graphprune.calibration import load_calibration
 from graphprune.errors import OptionError
-from graphprune.preprocess import Preprocess
+from graphprune.calibration.preprocess import Preprocess
 from tests.twins import twin
 
 graph, how = twin({NET!r}), Preprocess()

@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 
 import graphprune
-from graphprune.blocks import Branch
 from graphprune.calibration import Calibration
-from graphprune.depth import ResidualNetwork, measure_branches
+from graphprune.depth.blocks import Branch
+from graphprune.depth.removal import ResidualNetwork, measure_branches
 from graphprune.passes.remove_blocks import RemoveBlocksPass, remove_blocks
 from tests.residual import (
     CONVOLUTIONAL,

@@ -13,13 +13,13 @@ from onnx import numpy_helper
 from onnx_ir.passes.common import InlinePass
 
 from graphprune.calibration import Calibration
-from graphprune.choose import Request
+from graphprune.choice.choose import Request
 from graphprune.model import as_ir, to_proto
 from graphprune.network import Pruned
 from graphprune.pipeline import analyze_ir
 from graphprune.plan import Cut, Plan
 from graphprune.pruning import Pruning
-from graphprune.repair import RepairReport, repair
+from graphprune.repair.refit import RepairReport, repair
 from graphprune.settings import Settings
 
 from .activations import Array, activations, affine_fit, calibration, outputs, patches
@@ -434,8 +434,8 @@ def test_the_choice_of_rows_is_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> N
         x = builder.relu(builder.conv("a", builder.input("x", (6, 3, 9, 9)), 3, 6))
         builder.output(builder.conv("b", x, 6, 4))
 
-    monkeypatch.setattr("graphprune.repair.LEAST_ROWS", 100)
-    monkeypatch.setattr("graphprune.repair.ROWS_PER_FEATURE", 1)
+    monkeypatch.setattr("graphprune.repair.refit.LEAST_ROWS", 100)
+    monkeypatch.setattr("graphprune.repair.refit.ROWS_PER_FEATURE", 1)
     first, again, other = (
         weights(Repaired(*built(conv), {"a.w[0]": [0]}, seed=seed).model)["b.w"] for seed in (1, 1, 2)
     )

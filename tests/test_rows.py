@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune import memory
+from graphprune.calibration import memory
+from graphprune.calibration.rows import ArrayPiece, FilePiece, Rows
 from graphprune.errors import OptionError
-from graphprune.rows import ArrayPiece, FilePiece, Rows
 
 
 @settings(deadline=None)

@@ -19,15 +19,15 @@ import numpy as np
 import onnx
 import pytest
 
+from graphprune.axes.flow import ChainFlow, Flow, ReshapeFlow, SignatureFlow, TakeFlow
+from graphprune.axes.signature import Role, View
 from graphprune.errors import RuleError
-from graphprune.flow import ChainFlow, Flow, ReshapeFlow, SignatureFlow, TakeFlow
 from graphprune.graph import Op
+from graphprune.graph.twin import build_twin
 from graphprune.model import as_ir
 from graphprune.rules import Refusal, find_rule, flows_of, register, registered
 from graphprune.rules.opaque import REFUSALS
 from graphprune.rules.registry import _RULES
-from graphprune.signature import Role, View
-from graphprune.twin import build_twin
 from graphprune.verify import difference, tolerance_of
 from tests.laws.contrib import contrib_suite
 from tests.laws.node_suite import node_suite

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from graphprune.axes.groups import Group
+from graphprune.choice.rounding import allowed_counts, keep_count
+from graphprune.choice.scope import SCOPES, keep_counts, ranked_parts, structures
 from graphprune.errors import OptionError
-from graphprune.groups import Group
 from graphprune.model import as_ir
 from graphprune.pipeline import analyze_ir
-from graphprune.rounding import allowed_counts, keep_count
-from graphprune.scope import SCOPES, keep_counts, ranked_parts, structures
 
 from .patterns.builder import Builder
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg
 from onnx import numpy_helper
 
-from graphprune.groups import Group
+from graphprune.axes.groups import Group
 from graphprune.kernels.selection import lasso_path
 from graphprune.model import as_ir
 from graphprune.network import Network

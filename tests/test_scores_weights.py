@@ -11,7 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from graphprune.errors import OptionError
-from graphprune.evaluate import evaluate_constant
+from graphprune.graph.evaluate import evaluate_constant
 from graphprune.kernels.saliency import distance_sums, maxima_by_label, slices_by_label, sums_by_label
 from graphprune.model import as_ir
 from graphprune.network import Network

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import graphprune
-from graphprune.budget import Budget
 from graphprune.calibration import Calibration
+from graphprune.choice.budget import Budget
+from graphprune.choice.search import LATENCY_TOLERANCE, Drop, plan_for_latency, split
 from graphprune.cli import main
 from graphprune.cost import macs
 from graphprune.costs import MacsCost
@@ -21,7 +22,6 @@ from graphprune.errors import BudgetError, MetricError, OptionError
 from graphprune.model import as_ir, to_proto
 from graphprune.plan import Plan
 from graphprune.pruning import Pruning
-from graphprune.search import LATENCY_TOLERANCE, Drop, plan_for_latency, split
 from graphprune.settings import Settings
 
 from .activations import Array, activations

@@ -11,13 +11,13 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from graphprune import sensitivity
-from graphprune.execution import Feeds
-from graphprune.groups import Group
+from graphprune.axes.groups import Group
+from graphprune.choice import sensitivity
+from graphprune.choice.sensitivity import Curve, Sensitivity, outputs_error, save_curves, score_curve
+from graphprune.layers.execution import Feeds
 from graphprune.model import as_ir
 from graphprune.pipeline import analyze_ir
 from graphprune.scores import Evidence, find_score
-from graphprune.sensitivity import Curve, Sensitivity, outputs_error, save_curves, score_curve
 
 from .activations import Array, activations, affine_fit, calibration, outputs, patches
 from .patterns.builder import Builder

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from graphprune.axes.signature import Axis, Role, bind, parse
 from graphprune.errors import GraphPruneError, RuleError
-from graphprune.signature import Axis, Role, bind, parse
 
 
 def test_a_convolution() -> None:

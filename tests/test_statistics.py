@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from onnx_ir.passes.common import InlinePass
 
-from graphprune import statistics
 from graphprune.calibration import Calibration
 from graphprune.kernels.gram import GramAccumulator
+from graphprune.layers import statistics
+from graphprune.layers.statistics import Reader, find_readers, gather
 from graphprune.model import as_ir
 from graphprune.network import Network
 from graphprune.pipeline import analyze_ir
-from graphprune.statistics import Reader, find_readers, gather
 
 from .activations import Array, activations, calibration, patches
 from .patterns import PATTERNS, Built, Pattern

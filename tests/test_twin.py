@@ -14,9 +14,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphprune.errors import ModelError
-from graphprune.evaluate import evaluate_constant
-from graphprune.measure import measure
-from graphprune.twin import build_twin
+from graphprune.graph.evaluate import evaluate_constant
+from graphprune.graph.measure import measure
+from graphprune.graph.twin import build_twin
 from tests.twins import check, kinds, named, parse, twin
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphprune.graph import TWIN_DOMAIN
-from graphprune.twin import build_twin
+from graphprune.graph.twin import build_twin
 from tests.twins import check, kinds, named, parse, twin
 
 BRANCHES = """

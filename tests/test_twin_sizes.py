@@ -12,7 +12,7 @@ import pytest
 
 from graphprune.errors import ModelError, OptionError
 from graphprune.graph import Op
-from graphprune.twin import build_twin
+from graphprune.graph.twin import build_twin
 from tests.twins import check, named, parse, twin
 
 
@@ -99,7 +99,7 @@ def test_sizes_that_cannot_be_found() -> None:
 
 
 def test_errors_of_inference_alone_do_not_refuse_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphprune.inference import Inference
+    from graphprune.graph.inference import Inference
 
     real = Inference.types
 

@@ -11,10 +11,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from graphprune.errors import OptionError
+from graphprune.gradients.vjp import differentiable
+from graphprune.gradients.vjp.program import Place, Program
+from graphprune.graph.twin import build_twin
 from graphprune.model import as_ir
-from graphprune.twin import build_twin
-from graphprune.vjp import differentiable
-from graphprune.vjp.program import Place, Program
 
 from .derivatives import Array, in_double, in_runtime, slope
 

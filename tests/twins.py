@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from graphprune.graph import Graph, Op, Tensor
-from graphprune.twin import build_twin
+from graphprune.graph.twin import build_twin
 
 HEADER = '<ir_version: 9, opset_import: ["" : 18, "local" : 1, "com.microsoft" : 1]>\n'
 

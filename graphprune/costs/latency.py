@@ -227,7 +227,7 @@ class LatencyCost(PolynomialCost):
         network: The analysed model; it is run.
         table: Times of single layers.
         widths: Shared among the costs of one network.
-        round_to: What groups will keep multiples of, as in :class:`graphprune.choose.Request`.
+        round_to: What groups will keep multiples of, as in :class:`graphprune.choice.choose.Request`.
         feeds: Inputs for the run; random ones at the twin's sizes if None.
         profiler: Runs the network; tests give their own.
         progress: Called with the number of kernels done and of all.

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.axes.flow import SignatureFlow
+from graphprune.choice.rounding import ROUND_TO, ROUNDED_FROM
 from graphprune.cost import mac_terms
 from graphprune.costs.widths import Widths
-from graphprune.evaluate import node_proto
-from graphprune.flow import SignatureFlow
 from graphprune.graph import Op, Tensor
-from graphprune.rounding import ROUND_TO, ROUNDED_FROM
+from graphprune.graph.evaluate import node_proto
 from graphprune.rules.registry import Refusal, find_rule
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from graphprune.graph import Tensor
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from graphprune.analysis import Analysis
+    from graphprune.axes.analysis import Analysis
     from graphprune.network import Network
 
 

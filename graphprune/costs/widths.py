@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.axes.flow import Operand, SignatureFlow
+from graphprune.axes.labels import Labels, compress, varying_axes
+from graphprune.axes.signature import View
 from graphprune.errors import OptionError
-from graphprune.flow import Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
-from graphprune.labels import Labels, compress, varying_axes
 from graphprune.rules.registry import Refusal, tensor_at
-from graphprune.signature import View
 
 if TYPE_CHECKING:
     from graphprune.network import Network

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 #: Keys in ``ir.Model.meta``: the files that a model was read from, and whether it kept weights in external data.
-SOURCES, EXTERNAL = "graphprune.sources", "graphprune.external_data"
+SOURCES, EXTERNAL = "graphprune.calibration.sources", "graphprune.external_data"
 
 #: Files at least this large are memory-mapped, not read.
 MAP_BYTES = 16 * 2**20

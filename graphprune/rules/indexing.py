@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.axes.flow import ChainFlow, Operand, ReshapeFlow, TakeFlow
 from graphprune.errors import PlanError
-from graphprune.flow import ChainFlow, Operand, ReshapeFlow, TakeFlow
 from graphprune.graph import Op
 from graphprune.rules.movement import blocked_axes, take
 from graphprune.rules.ranks import Index, prefix, ranks

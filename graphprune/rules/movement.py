@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from graphprune.axes.flow import ChainFlow, Flow, Operand, ReshapeFlow, TakeFlow
 from graphprune.errors import PlanError
-from graphprune.flow import ChainFlow, Flow, Operand, ReshapeFlow, TakeFlow
 from graphprune.graph import Op
 from graphprune.rules.elementwise import term
 from graphprune.rules.ranks import Index, prefix
@@ -140,7 +140,7 @@ def take(
     *,
     literal: bool = False,
 ) -> TakeFlow:
-    """Indexing along one axis (see :class:`graphprune.flow.TakeFlow`)."""
+    """Indexing along one axis (see :class:`graphprune.axes.flow.TakeFlow`)."""
     return TakeFlow(source, target, axis, np.asarray(index, dtype=np.int64), size, literal=literal)
 
 

@@ -7,8 +7,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.axes.flow import Operand
 from graphprune.errors import PlanError
-from graphprune.flow import Operand
 from graphprune.rules.registry import Change
 
 Index: TypeAlias = npt.NDArray[np.int64]

@@ -20,10 +20,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.axes.flow import Flow, Operand, SignatureFlow
+from graphprune.axes.signature import Pattern, bind, parse
 from graphprune.errors import RuleError
-from graphprune.flow import Flow, Operand, SignatureFlow
 from graphprune.graph import Op, Tensor
-from graphprune.signature import Pattern, bind, parse
 
 #: What a rule's function may return: a signature's text, with factor sizes where they do not follow from the shapes;
 #: flows; or a refusal.
@@ -127,7 +127,7 @@ def register(
 
     Args:
         kinds: Op types separated by blanks, each ``OpType`` or ``domain::OpType``.
-        describe: The signature (see :mod:`graphprune.signature`), or a function of the op that returns one.
+        describe: The signature (see :mod:`graphprune.axes.signature`), or a function of the op that returns one.
         attributes: Attribute name -> factor, or factors separated by blanks, whose size it holds. The factor's size
             is read from it, and it is rewritten when the factor shrinks.
         defaults: Values of those attributes where a node lacks them.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from graphprune.flow import Operand
+from graphprune.axes.flow import Operand
 from graphprune.graph import Op
 from graphprune.rules.movement import resize_to
 from graphprune.rules.registry import Change, Description, Refusal, has_input, known_data, register, shape_of

@@ -21,9 +21,9 @@ import numpy as np
 
 from graphprune.calibration import Array
 from graphprune.kernels.moments import FeatureMoments
+from graphprune.layers.statistics import Reader, find_readers, gather
 from graphprune.scores.evidence import Evidence, Needs, Scores
 from graphprune.scores.weights import L2
-from graphprune.statistics import Reader, find_readers, gather
 
 #: Bytes of the moments of one feature.
 FEATURE_BYTES = 40

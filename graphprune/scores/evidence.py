@@ -9,9 +9,9 @@ from typing import ClassVar, Literal, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from graphprune.axes.groups import Group
 from graphprune.calibration import Calibration
 from graphprune.errors import OptionError
-from graphprune.groups import Group
 from graphprune.network import Network
 
 Scores: TypeAlias = npt.NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""Saliency from gradients on the calibration's inputs (see :mod:`graphprune.gradients` for the loss)."""
+"""Saliency from gradients on the calibration's inputs (see :mod:`graphprune.gradients.saliency` for the loss)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from graphprune.gradients import Loss, Rows, gate_gradients, weight_fisher
+from graphprune.gradients.saliency import Loss, Rows, gate_gradients, weight_fisher
 from graphprune.scores.evidence import Evidence, Needs, Scores
 
 

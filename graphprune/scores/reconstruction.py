@@ -14,18 +14,18 @@ from typing import ClassVar
 
 import numpy as np
 
+from graphprune.axes.groups import Group
+from graphprune.axes.labels import Labels
 from graphprune.calibration import Array
-from graphprune.execution import Piece
-from graphprune.gates import find_gates
+from graphprune.gradients.gates import find_gates
 from graphprune.graph import Op
-from graphprune.groups import Group
 from graphprune.kernels import obs, selection
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.saliency import sums_by_label
-from graphprune.labels import Labels
+from graphprune.layers.execution import Piece
+from graphprune.layers.statistics import BATCH, Reader, find_readers, gather, nodes_before
 from graphprune.scores.evidence import Evidence, Needs, Scores
 from graphprune.scores.weights import L2
-from graphprune.statistics import BATCH, Reader, find_readers, gather, nodes_before
 
 #: Damping of Gram matrices, relative to the mean of their diagonals.
 DAMPING = 1e-2

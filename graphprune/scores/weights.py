@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from graphprune.analysis import Analysis
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.groups import Group
+from graphprune.axes.labels import Labels
+from graphprune.axes.members import own_axis
+from graphprune.axes.signature import Role
 from graphprune.errors import OptionError
-from graphprune.evaluate import evaluate_constant
 from graphprune.graph import Op, Tensor
-from graphprune.groups import Group
+from graphprune.graph.evaluate import evaluate_constant
 from graphprune.kernels.saliency import distance_sums, maxima_by_label, slices_by_label, sums_by_label
-from graphprune.labels import Labels
-from graphprune.members import own_axis
 from graphprune.rules.registry import find_rule
 from graphprune.scores.evidence import Evidence, Needs, Scores
-from graphprune.signature import Role
 
 
 def weights_of(analysis: Analysis) -> list[Tensor]:

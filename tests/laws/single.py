@@ -18,11 +18,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from graphprune.analysis import Analysis
-from graphprune.choose import Request, choose, cuttable
+from graphprune.axes.analysis import Analysis
+from graphprune.axes.groups import Group, find_groups
+from graphprune.choice.choose import Request, choose, cuttable
+from graphprune.choice.scope import keep_counts
 from graphprune.errors import NothingToPruneError
 from graphprune.graph import Op
-from graphprune.groups import Group, find_groups
+from graphprune.graph.twin import build_twin
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
 from graphprune.model import as_ir, copy, to_proto
@@ -30,8 +32,6 @@ from graphprune.network import Network
 from graphprune.pipeline import reference_of
 from graphprune.plan import Masks, make_plan
 from graphprune.rewrite import Edits, Rewriter, collect, functions_to_inline
-from graphprune.scope import keep_counts
-from graphprune.twin import build_twin
 from graphprune.verify import difference, tolerance_of
 
 Array = npt.NDArray[Any]

@@ -1,0 +1,1 @@
+"""Choosing what goes: budgets, scopes, allocation, sensitivity, searches."""

@@ -1,0 +1,1 @@
+"""Exact removal: positions that contribute nothing, and what they leave behind."""

@@ -1,0 +1,1 @@
+"""Whole residual branches: what they are and how they are removed."""

@@ -1,0 +1,1 @@
+"""Gradients inside of ONNX: gates, objectives, vector-Jacobian products."""

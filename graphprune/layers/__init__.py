@@ -1,0 +1,1 @@
+"""Layers as matrices: their weights, their inputs streamed, and runs with weights free to change."""

@@ -1,0 +1,1 @@
+"""Making up for a cut: least squares with inputs, stored statistics without."""
