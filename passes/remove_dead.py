@@ -105,8 +105,8 @@ def remove_dead(
 
     All-zero filters and rows, channels whose BatchNorm scale is zero or whose ReLU is never positive, and channels
     that nobody reads go, with all that is coupled to them (:mod:`graphprune.dead.positions`). Inputs are assumed to be
-    finite, and the model not to overflow on them; where a constant of the model is infinite or NaN, nothing is concluded from a
-    multiplication by zero.
+    finite, and the model not to overflow on them; where a constant of the model is infinite or NaN, nothing is
+    concluded from a multiplication by zero.
 
     Args:
         model: Changed in place.

@@ -3,7 +3,8 @@
 Each group has a curve: the error of the network's outputs when it alone is cut to each of a few levels
 (:mod:`graphprune.choice.sensitivity`). Errors add up, to first order, and costs nearly do; so a budget is a knapsack
 with one item a group and level (Frantar & Alistarh, SPDY, ICML 2022, section 3; ZipLM, NeurIPS 2023, section 3.2).
-Costs of neighbouring layers multiply: they are taken at the last solution, and the knapsack is solved again until it stands.
+Costs of neighbouring layers multiply: they are taken at the last solution, and the knapsack is solved again until it
+stands.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 For a network with loss L and gates g (:mod:`graphprune.gradients.gates`), dL/dg_l at g = 1 is, with the sign turned,
 the first order of what removing label l does to the loss (Molchanov et al., Importance Estimation for
-Neural Network Pruning, 2019, section 3.1). Samples do not see each other, so that one backward run of a batch gives one row a sample.
+Neural Network Pruning, 2019, section 3.1). Samples do not see each other, so that one backward run of a batch gives one
+row a sample.
 
 The loss
 --------

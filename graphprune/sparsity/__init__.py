@@ -1,1 +1,1 @@
-"""Sparsity in patterns that runtimes have fast arithmetic for: which weights, which of their elements, and the proof."""
+"""Sparsity in patterns that runtimes have fast arithmetic for: which weights, which elements, and the proof."""

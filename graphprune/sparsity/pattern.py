@@ -49,8 +49,8 @@ class NM:
 class Layout:
     """A stored weight as its runtime contracts it: ``[outer, contracted, inner]``, a plain reshape of its elements.
 
-    Groups of M run along the middle axis. A Conv's ``[K, C / g, R, S]`` is ``[K, C / g, R S]``; a MatMul's ``[C, K]`` is
-    ``[1, C, K]``; a batched one ``[batch, C, K]``; a Gemm's with transB ``[K, C, 1]``.
+    Groups of M run along the middle axis. A Conv's ``[K, C / g, R, S]`` is ``[K, C / g, R S]``; a MatMul's ``[C, K]``
+    is ``[1, C, K]``; a batched one ``[batch, C, K]``; a Gemm's with transB ``[K, C, 1]``.
 
     Attributes:
         outer, contracted, inner: The three sizes.
