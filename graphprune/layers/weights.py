@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import numpy as np
 import onnx_ir as ir
 
 from graphprune.calibration import Array
-from graphprune.graph import Op
+from graphprune.graph import Op, Tensor
 from graphprune.layers.contractions import Contraction
 from graphprune.layers.execution import constant_contents
 from graphprune.model.nodes import python_value
 from graphprune.model.splice import Splicer, base_name
-from graphprune.network import Pruned
 
 #: Where a bias is: a node and the slot that takes it.
 Place = tuple[ir.Node, int]
 
 
-class LayerWeights:
-    """The weights and biases that a pruned model's contractions have now."""
+class Shapes(Protocol):
+    """What shape each tensor of the twin has by now."""
 
-    def __init__(self, pruned: Pruned) -> None:
-        self._model = pruned.model
-        self._masks = pruned.masks
-        self._splice = Splicer(pruned.model)
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of a tensor."""
+
+
+class Changed(Protocol):
+    """A model that is no longer what its twin says: pruned, or with other weights."""
+
+    @property
+    def model(self) -> ir.Model:
+        """The model; the twin's ops have its nodes."""
+
+    @property
+    def masks(self) -> Shapes:
+        """What is left of each tensor."""
+
+
+class LayerWeights:
+    """The weights and biases that a changed model's contractions have now."""
+
+    def __init__(self, changed: Changed) -> None:
+        self._model = changed.model
+        self._masks = changed.masks
+        self._splice = Splicer(changed.model)
 
     def constant(self, op: Op, slot: int) -> Array:
         """What the pruned model holds at a constant operand.
@@ -75,15 +95,22 @@ class LayerWeights:
             biases: The bias that its result shall have; what is to be added, where the place is behind it.
             place: What :meth:`bias` said.
         """
-        node = node_of(contraction)
-        self.replace(node, contraction.weight, weight)
-        if place is None:
-            return
+        self.replace(node_of(contraction), contraction.weight, weight)
+        if place is not None:
+            self.write_bias(contraction, biases, place, weight.dtype)
+
+    def write_bias(self, contraction: Contraction, biases: Array, place: Place, dtype: np.dtype[Any]) -> None:
+        """Give a contraction a bias.
+
+        Args:
+            contraction, biases, place: As of :meth:`write`.
+            dtype: What a bias of its own is stored in.
+        """
         target, slot = place
         shift = biases.ravel()
-        if target is node:
+        if target is node_of(contraction):
             beta = float(contraction.op.attributes.get("beta", 1.0))
-            self.replace(node, slot, (shift / beta).astype(weight.dtype))
+            self.replace(target, slot, (shift / beta).astype(dtype))
             return
         if not shift.any():
             return

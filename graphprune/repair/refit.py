@@ -11,21 +11,22 @@ compensation in 3.2); Frantar & Alistarh, Optimal Brain Compression, NeurIPS 202
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from graphprune.calibration import Array, Calibration
 from graphprune.graph import Op, Tensor
-from graphprune.kernels.box import compact
+from graphprune.kernels.box import Mask, compact
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.refit import matched_variance, refit, training_error
 from graphprune.layers.contractions import Contraction, find_contraction
 from graphprune.layers.execution import Feeds, StagedRun
-from graphprune.layers.weights import LayerWeights, attributes_now, node_of, trimmed
+from graphprune.layers.weights import LayerWeights, Place, attributes_now, node_of, trimmed
 from graphprune.network import Pruned
 
 #: Samples that run through the network at once.
@@ -93,89 +94,156 @@ class Sum:
     scale: Array
 
 
-class Repair:
-    """Refits a pruned model in place."""
+class Cuts(Protocol):
+    """What is left of each tensor: :class:`graphprune.plan.Masks`, or that nothing was cut."""
+
+    def parts(self, tensor: Tensor) -> list[Mask]:
+        """What is kept, one array for each labelling that loses something."""
+
+    def mask(self, tensor: Tensor) -> Mask | None:
+        """What is kept; None where all is."""
+
+    def shape(self, tensor: Tensor) -> tuple[int, ...]:
+        """The shape of what is kept."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A changed model beside its original; functions inlined in both.
+
+    Attributes:
+        original, model: The two.
+        ops: The twin's ops; their nodes are those of ``model``.
+        node_of: The original's node for each op.
+        masks: What ``model`` has left of each tensor.
+    """
+
+    original: ir.Model
+    model: ir.Model
+    ops: Sequence[Op]
+    node_of: dict[Op, ir.Node]
+    masks: Cuts
+
+    @classmethod
+    def of(cls, pruned: Pruned) -> Pair:
+        """A pruned model beside what it was made from."""
+        ops = pruned.network.analysis.graph.ops
+        return cls(pruned.original, pruned.model, ops, pruned.node_of, pruned.masks)
+
+
+@dataclass
+class Layer:
+    """A contraction whose turn has come, as a matrix product for each conv group.
+
+    Attributes:
+        contraction: The op.
+        weight: What it is multiplied with now, as the op reads it.
+        matrices: The same, float64 ``[g, features, outputs]``, times the form's scale.
+        biases: float64 ``[g, outputs]``, zeros where there is no bias.
+        place: Where a bias goes; None: there is no place for one.
+        grams: Statistics, of each group, of its inputs in the changed model and of what it is to make of them.
+    """
+
+    contraction: Contraction
+    weight: Array
+    matrices: Array
+    biases: Array
+    place: Place | None
+    grams: list[GramAccumulator]
+
+    @property
+    def intercept(self) -> bool:
+        """True if the bias may change."""
+        return self.place is not None
+
+    def error(self, matrices: Array, biases: Array) -> float:
+        """Squared error of other weights, relative to the variance of what is wanted."""
+        parts = zip(self.grams, matrices, biases, strict=True)
+        error = sum(float(np.sum(training_error(gram, matrix, bias))) for gram, matrix, bias in parts)
+        variance = sum(float(np.sum(gram.yy - gram.y**2 / max(gram.count, 1))) for gram in self.grams)
+        return error / (variance or 1.0)
+
+    def restored(self, matrices: Array) -> Array:
+        """Matrices as the op reads them, in the weight's shape; float64."""
+        form = self.contraction.form
+        return form.restore(matrices / form.scale, self.weight.shape)
+
+
+class FrontToBack(ABC):
+    """Gives contractions of a model new weights, in the order of the graph.
+
+    When a contraction's turn comes, those before it have theirs already: it sees its inputs as they will be. What it is
+    to make of them is what the original made, and what its residual stream lacks.
+    """
 
     def __init__(
         self,
-        pruned: Pruned,
+        pair: Pair,
         calibration: Calibration,
         *,
-        damping: float = DAMPING,
-        everywhere: bool = False,
-        match_variance: bool = False,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Prepare a repair.
+        """Prepare.
 
         Args:
-            pruned: A pruned model and its original; functions inlined.
+            pair: The model and its original.
             calibration: Inputs; labels are not needed.
-            damping: Weight of the ridge toward the sliced weights.
-            everywhere: Refit all contractions rather than only those that read a cut: for changes that are no cuts.
-            match_variance: Scale each refitted output so that its variance is the original's, not only its mean: least
-                squares shrinks what it cannot explain. Off: it gives up some of the squared error for the scale.
             seed: For the choice of rows.
-            progress: Called with (refits done, refits in all).
+            progress: Called with (contractions done, contractions in all).
         """
-        self.pruned = pruned
-        self.masks = pruned.masks
-        self.damping = damping
-        self.everywhere = everywhere
-        self.match_variance = match_variance
-        self.report = RepairReport()
+        self.pair = pair
+        self.masks = pair.masks
+        self.weights = LayerWeights(pair)
         self._calibration = calibration
         self._random = np.random.default_rng(seed)
-        self.weights = LayerWeights(pruned)
         self._progress = progress or (lambda done, total: None)
 
-    def run(self) -> RepairReport:
-        """Refit front to back."""
+    @abstractmethod
+    def wants(self, op: Op) -> bool:
+        """True if an op is to get a new weight."""
+
+    @abstractmethod
+    def solve(self, layer: Layer) -> None:
+        """Find the weights of a layer and write them."""
+
+    @abstractmethod
+    def skip(self, op: Op, reason: str) -> None:
+        """Called with a contraction that was wanted, once it is known that it cannot be had."""
+
+    def run(self) -> None:
+        """Solve front to back."""
         batches = list(self._calibration.batches(BATCH))
         with (
-            StagedRun(self.pruned.model, batches) as now,
-            StagedRun(self.pruned.original, batches) as before,
+            StagedRun(self.pair.model, batches) as now,
+            StagedRun(self.pair.original, batches) as before,
         ):
             todo = sorted(self._contractions(now, before), key=lambda item: now.index[node_of(item[0])])
             for number, (contraction, original) in enumerate(todo):
                 self._progress(number, len(todo))
-                self._refit(contraction, original, now, before)
+                self._next(contraction, original, now, before)
             self._progress(len(todo), len(todo))
-        return self.report
 
-    # -- what is refitted -------------------------------------------------------------------------------------------
+    # -- what is solved -------------------------------------------------------------------------------------------
 
     def _contractions(self, now: StagedRun, before: StagedRun) -> Iterator[tuple[Contraction, ir.Node]]:
-        """Contractions to refit, with the original's node."""
-        for op in self.pruned.network.analysis.graph.ops:
-            if not (self.everywhere or self._reads_cut(op)):
+        """Contractions to solve, with the original's node."""
+        for op in self.pair.ops:
+            if not self.wants(op):
                 continue
             found = find_contraction(op, attributes_now(op))
             if found is None:
                 continue
             reason = found if isinstance(found, str) else self._obstacle(found, now, before)
             if reason is None and isinstance(found, Contraction):
-                yield found, self.pruned.node_of[op]
-            elif self._reads_cut(op):
-                self.report.skipped.append((op.name, reason or ""))
-
-    def _reads_cut(self, op: Op) -> bool:
-        """True if the op's activation loses positions that the op sums over."""
-        found = find_contraction(op)
-        if found is None:
-            return False
-        if isinstance(found, str):
-            return any(self.masks.parts(tensor) for tensor in op.inputs if tensor is not None)
-        form = found.form
-        weight = found.weight_tensor
-        parts = [np.broadcast_to(part, weight.shape or ()) for part in self.masks.parts(weight)]
-        return any(not form.arrange(part).any(axis=2).all() for part in parts)
+                yield found, self.pair.node_of[op]
+            else:
+                self.skip(op, reason or "")
 
     def _obstacle(self, contraction: Contraction, now: StagedRun, before: StagedRun) -> str | None:
-        """Why a contraction cannot be refitted; None if it can."""
+        """Why a contraction cannot be solved; None if it can."""
         op = contraction.op
-        node, original = op.node, self.pruned.node_of.get(op)
+        node, original = op.node, self.pair.node_of.get(op)
         if node not in now.index or original not in before.index:
             return "it lies in a subgraph"
         value = node.inputs[contraction.weight] if node is not None else None
@@ -188,9 +256,9 @@ class Repair:
             return "it adds a constant that is no bias"
         return None
 
-    # -- one refit --------------------------------------------------------------------------------------------------
+    # -- one layer --------------------------------------------------------------------------------------------------
 
-    def _refit(self, contraction: Contraction, original: ir.Node, now: StagedRun, before: StagedRun) -> None:
+    def _next(self, contraction: Contraction, original: ir.Node, now: StagedRun, before: StagedRun) -> None:
         node = node_of(contraction)
         x_name, y_name = _name(node.inputs[contraction.activation]), _name(original.outputs[0])
         now.advance(now.index[node])
@@ -204,31 +272,11 @@ class Repair:
         )
         before.release(y_name)
         if grams is None:
-            self.report.skipped.append(
-                (contraction.op.name, "its activations do not line up with the original's")
-            )
+            self.skip(contraction.op, "its activations do not line up with the original's")
             return
         bias, place = self.weights.bias(contraction)
         biases = np.zeros(matrices.shape[::2]) if bias is None else bias.reshape(matrices.shape[::2])
-        errors = np.zeros(3)
-        fitted, shifts = [], []
-        for gram, matrix, old in zip(grams, matrices, biases, strict=True):
-            new, shift = refit(gram, matrix, old, intercept=place is not None, damping=self.damping)
-            if self.match_variance and place is not None:
-                new, shift = matched_variance(gram, new)
-            shift = old if shift is None else shift
-            errors += [
-                float(np.sum(training_error(gram, matrix, old))),
-                float(np.sum(training_error(gram, new, shift))),
-                float(np.sum(gram.yy - gram.y**2 / max(gram.count, 1))),
-            ]
-            fitted.append(new)
-            shifts.append(shift)
-        scale = errors[2] or 1.0
-        before_after = float(errors[0] / scale), float(errors[1] / scale)
-        self.report.refitted.append(Refitted(contraction.op.name, *before_after))
-        new_weight = form.restore(np.stack(fitted) / form.scale, weight.shape).astype(weight.dtype)
-        self.weights.write(contraction, new_weight, np.stack(shifts), place)
+        self.solve(Layer(contraction, weight, matrices, biases, place, grams))
 
     def _statistics(
         self,
@@ -251,7 +299,7 @@ class Repair:
             if y is None:
                 return None
             if residual is not None:
-                y = y + self._shift(residual, pruned_batch, original_batch, y)
+                y = y + self._lacks(residual, pruned_batch, original_batch, y)
             count = form.count(x.shape, weight_shape)
             positions = None
             if count > per_batch:
@@ -313,13 +361,13 @@ class Repair:
     def _stream_names(self, made: Sum) -> tuple[str, str]:
         """The other activation's name in the pruned model and in the original."""
         node = made.op.node
-        original = self.pruned.node_of.get(made.op)
+        original = self.pair.node_of.get(made.op)
         return (
             _name(node.inputs[made.slot]) if node is not None else "",
             _name(original.inputs[made.slot]) if original is not None else "",
         )
 
-    def _shift(self, made: Sum, now: Feeds, before: Feeds, like: Array) -> Array:
+    def _lacks(self, made: Sum, now: Feeds, before: Feeds, like: Array) -> Array:
         """What the stream lacks, in units of the contraction's result."""
         names = self._stream_names(made)
         stream = made.op.inputs[made.slot]
@@ -330,6 +378,75 @@ class Repair:
         usable = np.abs(made.scale) > LEAST_SCALE * np.abs(made.scale).max()
         inverse = np.where(usable, 1 / np.where(usable, made.scale, 1), 0).astype(np.float32)
         return np.asarray((wanted - have) * inverse)
+
+
+class Repair(FrontToBack):
+    """Refits a pruned model in place."""
+
+    def __init__(
+        self,
+        pruned: Pruned,
+        calibration: Calibration,
+        *,
+        damping: float = DAMPING,
+        everywhere: bool = False,
+        match_variance: bool = False,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Prepare a repair.
+
+        Args:
+            pruned: A pruned model and its original; functions inlined.
+            calibration: Inputs; labels are not needed.
+            damping: Weight of the ridge toward the sliced weights.
+            everywhere: Refit all contractions rather than only those that read a cut: for changes that are no cuts.
+            match_variance: Scale each refitted output so that its variance is the original's, not only its mean: least
+                squares shrinks what it cannot explain. Off: it gives up some of the squared error for the scale.
+            seed: For the choice of rows.
+            progress: Called with (refits done, refits in all).
+        """
+        super().__init__(Pair.of(pruned), calibration, seed=seed, progress=progress)
+        self.damping = damping
+        self.everywhere = everywhere
+        self.match_variance = match_variance
+        self.report = RepairReport()
+
+    def wants(self, op: Op) -> bool:
+        """True if an op reads a cut."""
+        return self.everywhere or self._reads_cut(op)
+
+    def _reads_cut(self, op: Op) -> bool:
+        """True if the op's activation loses positions that the op sums over."""
+        found = find_contraction(op)
+        if found is None:
+            return False
+        if isinstance(found, str):
+            return any(self.masks.parts(tensor) for tensor in op.inputs if tensor is not None)
+        form = found.form
+        weight = found.weight_tensor
+        parts = [np.broadcast_to(part, weight.shape or ()) for part in self.masks.parts(weight)]
+        return any(not form.arrange(part).any(axis=2).all() for part in parts)
+
+    def skip(self, op: Op, reason: str) -> None:
+        """Report what reads a cut and is left as it is."""
+        if self._reads_cut(op):
+            self.report.skipped.append((op.name, reason))
+
+    def solve(self, layer: Layer) -> None:
+        """Least squares, held toward the sliced weights."""
+        matrices, biases = [], []
+        for gram, matrix, old in zip(layer.grams, layer.matrices, layer.biases, strict=True):
+            new, shift = refit(gram, matrix, old, intercept=layer.intercept, damping=self.damping)
+            if self.match_variance and layer.intercept:
+                new, shift = matched_variance(gram, new)
+            matrices.append(new)
+            biases.append(old if shift is None else shift)
+        new, shift = np.stack(matrices), np.stack(biases)
+        before, after = layer.error(layer.matrices, layer.biases), layer.error(new, shift)
+        self.report.refitted.append(Refitted(layer.contraction.op.name, before, after))
+        weight = layer.restored(new).astype(layer.weight.dtype)
+        self.weights.write(layer.contraction, weight, shift, layer.place)
 
 
 def _is_along_outputs(bias: Tensor) -> bool:
@@ -344,4 +461,6 @@ def _name(value: ir.Value | None) -> str:
 
 def repair(pruned: Pruned, calibration: Calibration, **options: Any) -> RepairReport:
     """Refit a pruned model in place (see :class:`Repair`)."""
-    return Repair(pruned, calibration, **options).run()
+    made = Repair(pruned, calibration, **options)
+    made.run()
+    return made.report
