@@ -22,6 +22,7 @@ from graphprune.errors import (
     OptionError,
     PlanError,
     RuleError,
+    SparsityError,
     VerificationError,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "Preprocess",
     "Report",
     "RuleError",
+    "SparsityError",
     "VerificationError",
     "__version__",
     "analyze",

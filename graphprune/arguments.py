@@ -23,10 +23,13 @@ examples:
   graphprune model.onnx --macs 0.5 --calib inputs.npz     half the arithmetic, spread where it hurts least, repaired
   graphprune model.onnx --max-drop 0.01 --calib labelled.npz
   graphprune masked.onnx --dead                           make a masked network small, exactly
+  graphprune model.onnx --nm 2:4                          two of every four weights zero, as GPUs like it
+  graphprune model.onnx --channels 0.3 --nm 2:4 --calib inputs.npz
   graphprune inspect model.onnx                           the coupling groups, and why some are frozen
+  graphprune inspect model.onnx --require 2:4             exit with 1 unless the weights hold it
   graphprune inspect model.onnx --why conv1.weight conv2.weight
 
-exit codes: 0 done; 1 the result failed its verification, or a budget cannot be reached: nothing was written;
+exit codes: 0 done; 1 the result failed its verification, or a budget or pattern cannot be had: nothing was written;
 2 bad input, nothing was written
 """
 
@@ -72,7 +75,7 @@ def _common(parser: argparse.ArgumentParser) -> None:
 def _prune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="graphprune",
-        usage="graphprune MODEL (--channels RATIO | --macs FRACTION | ...) [options]\n"
+        usage="graphprune MODEL (--channels RATIO | --macs FRACTION | --nm N:M | ...) [options]\n"
         "       graphprune inspect MODEL [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -140,6 +143,7 @@ def _prune_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--plan", type=Path, metavar="FILE", help="carry out this plan instead of choosing")
     _budget_arguments(parser)
+    _sparsity_arguments(parser)
     _measure_arguments(parser)
     out = parser.add_argument_group("what is written")
     out.add_argument(
@@ -201,6 +205,64 @@ def _budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _sparsity_arguments(parser: argparse.ArgumentParser) -> None:
+    sparsity = parser.add_argument_group(
+        "sparse weights", "after channels have gone; with --calib chosen and fitted by inputs"
+    )
+    sparsity.add_argument("--nm", metavar="N:M", help="keep N of every M weights along each sum, such as 2:4")
+    sparsity.add_argument(
+        "--unstructured",
+        type=float,
+        metavar="FRACTION",
+        help="zero this fraction of each weight, anywhere in it",
+    )
+    sparsity.add_argument(
+        "--block",
+        metavar="RxC",
+        help="units of R outputs by C summed elements stay or go as one (default: 1x1)",
+    )
+    _target_argument(sparsity)
+    sparsity.add_argument(
+        "--nm-method",
+        metavar="NAME",
+        help="which weights stay: magnitude, wanda, sparsegpt (default: sparsegpt with --calib, else magnitude)",
+    )
+    sparsity.add_argument(
+        "--permute",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="first reorder channels so that larger weights stay; the function is the same (default: with --calib)",
+    )
+    sparsity.add_argument(
+        "--permute-seconds",
+        type=float,
+        default=60.0,
+        metavar="S",
+        help="how long to look for an order (default: 60)",
+    )
+    sparsity.add_argument(
+        "--nm-tail",
+        choices=("dense", "refuse"),
+        default="dense",
+        help="where M does not divide an axis: leave its last channels dense, or the whole weight (default: dense)",
+    )
+    sparsity.add_argument(
+        "--nm-packed",
+        type=Path,
+        metavar="FILE",
+        help="also write the weights packed, values and indices, as .safetensors",
+    )
+
+
+def _target_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--nm-target",
+        default="tensorrt",
+        metavar="NAME",
+        help="whose rules say which weights can have the pattern: tensorrt, onnxruntime, any (default: tensorrt)",
+    )
+
+
 def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     measure = parser.add_argument_group("calibration, scores, repair")
     measure.add_argument(
@@ -248,6 +310,17 @@ def _inspect_parser() -> argparse.ArgumentParser:
         metavar=("A", "B"),
         help="print the chain of operations that ties two tensors, each NAME or NAME[AXIS]",
     )
+    parser.add_argument(
+        "--sparsity",
+        action="store_true",
+        help="list the weights instead: the N:M pattern that each truly holds, and whether it can have one",
+    )
+    parser.add_argument(
+        "--require",
+        metavar="N:M",
+        help="exit with 1 where a weight that can have this pattern does not hold it (implies --sparsity)",
+    )
+    _target_argument(parser)
     return parser
 
 

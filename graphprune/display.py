@@ -35,7 +35,7 @@ PATIENCE = 2.0
 WIDE = 160
 
 
-def _show(*things: RenderableType) -> None:
+def show(*things: RenderableType) -> None:
     """Render to stdout: in colour and to its width on a terminal, plainly elsewhere, without trailing blanks."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -139,7 +139,7 @@ def print_curves(curves: Sequence[Curve], groups: Sequence[Group]) -> None:
             str(group.size),
             "  ".join(points) + ("" if curve.measured else "  (by score)"),
         )
-    _show(table)
+    show(table)
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -193,7 +193,7 @@ def print_report(report: Report, source: str, target: str, *, verified: bool) ->
         "seconds", f"{report.seconds.get('total', 0.0):.2f}" + (f" [dim]({steps})[/]" if steps else "")
     )
     notes = [f"[dim]note: {escape(note)}[/]" for note in report.notes]
-    _show(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", table, facts, *notes)
+    show(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", table, facts, *notes)
 
 
 def _repaired(repaired: RepairReport) -> str:
@@ -279,12 +279,12 @@ def print_groups(groups: Sequence[Group], plan: Plan | None, *, members: bool) -
     free = sum(not g.frozen and not g.statistical for g in groups)
     statistical = sum(bool(g.statistical) and not g.frozen for g in groups)
     frozen = len(groups) - free - statistical
-    _show(table, f"{len(groups)} groups: {free} free, {statistical} statistical, {frozen} frozen")
+    show(table, f"{len(groups)} groups: {free} free, {statistical} statistical, {frozen} frozen")
 
 
 def print_notes(network: Network) -> None:
     """What could not be worked out."""
-    _show(*(f"[dim]note: {escape(f'{name}: {reason}')}[/]" for name, reason in network.analysis.graph.notes))
+    show(*(f"[dim]note: {escape(f'{name}: {reason}')}[/]" for name, reason in network.analysis.graph.notes))
 
 
 def network_to_dict(network: Network, source: str) -> dict[str, Any]:

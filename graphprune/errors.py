@@ -31,6 +31,10 @@ class BudgetError(GraphPruneError):
     """A budget is below what can be reached; the message says what can."""
 
 
+class SparsityError(GraphPruneError):
+    """No weight can have the pattern, or some fall short of what was required; the message names them and why."""
+
+
 class RuleError(GraphPruneError):
     """An op rule is malformed or contradicts the op's tensors."""
 

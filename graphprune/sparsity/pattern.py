@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from graphprune.errors import OptionError
 
@@ -11,12 +13,34 @@ from graphprune.errors import OptionError
 LARGEST_M = 32
 
 
+#: Rows (outputs) and columns (contracted elements) of the unit that stays or goes as one.
+Block: TypeAlias = tuple[int, int]
+
+
+def parse_block(text: str) -> Block:
+    """Read ``4x1``: 4 outputs by 1 contracted element.
+
+    Raises:
+        OptionError: It is not of that form.
+    """
+    match = re.fullmatch(r"\s*([1-9]\d{0,3})\s*[xX]\s*([1-9]\d{0,3})\s*", text)
+    if match is None:
+        raise OptionError(f"{text!r} is no block, such as 4x1")
+    return int(match[1]), int(match[2])
+
+
 @dataclass(frozen=True, slots=True)
 class NM:
-    """At most ``n`` of every ``m`` consecutive elements along the contracted axis differ from zero."""
+    """At most ``n`` of every ``m`` consecutive units along the contracted axis differ from zero.
+
+    Attributes:
+        n, m: The pattern.
+        block: The unit; one element by default.
+    """
 
     n: int
     m: int
+    block: Block = (1, 1)
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
@@ -25,7 +49,7 @@ class NM:
             raise OptionError(f"{self}: groups of more than {LARGEST_M} weights are not supported")
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}{_in_blocks(self.block)}"
 
     @property
     def density(self) -> float:
@@ -33,7 +57,7 @@ class NM:
         return self.n / self.m
 
     @classmethod
-    def parse(cls, text: str) -> NM:
+    def parse(cls, text: str, block: Block = (1, 1)) -> NM:
         """Read ``2:4``.
 
         Raises:
@@ -42,7 +66,42 @@ class NM:
         match = re.fullmatch(r"\s*(\d{1,4})\s*:\s*(\d{1,4})\s*", text)
         if match is None:
             raise OptionError(f"{text!r} is no N:M pattern, such as 2:4")
-        return cls(int(match[1]), int(match[2]))
+        return cls(int(match[1]), int(match[2]), block)
+
+
+@dataclass(frozen=True, slots=True)
+class Unstructured:
+    """A fraction of each weight's units is zero, wherever they lie.
+
+    Attributes:
+        fraction: How much goes, 0 < fraction < 1.
+        block: The unit; one element by default.
+    """
+
+    fraction: float
+    block: Block = (1, 1)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise OptionError(
+                f"--unstructured {self.fraction:g}: the fraction that goes lies between 0 and 1"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.fraction:.0%} unstructured{_in_blocks(self.block)}"
+
+    @property
+    def density(self) -> float:
+        """Fraction of the weights that stays."""
+        return 1 - self.fraction
+
+
+#: What a weight can be made to hold.
+Pattern: TypeAlias = NM | Unstructured
+
+
+def _in_blocks(block: Block) -> str:
+    return "" if block == (1, 1) else f" in blocks of {block[0]}x{block[1]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +124,25 @@ class Layout:
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.outer, self.contracted, self.inner
+
+    def stretches(self, m: int, elements: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of stretches of about so many elements, each of whole groups; :meth:`view` shapes them."""
+        row = self.contracted * self.inner
+        if not row:
+            return
+        if row <= elements:
+            step = max(elements // row, 1) * row
+            for start in range(0, self.outer * row, step):
+                yield start, min(start + step, self.outer * row)
+            return
+        step = max(elements // (m * self.inner), 1) * m * self.inner
+        for first in range(0, self.outer * row, row):
+            for start in range(first, first + row, step):
+                yield start, min(start + step, first + row)
+
+    def view(self, start: int, stop: int) -> tuple[int, int, int]:
+        """The shape of a stretch: ``[outer, contracted, inner]``, fewer of one of the first two."""
+        row = self.contracted * self.inner
+        if (stop - start) % row == 0:
+            return (stop - start) // row, self.contracted, self.inner
+        return 1, (stop - start) // self.inner, self.inner

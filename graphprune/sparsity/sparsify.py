@@ -1,0 +1,360 @@
+"""Give a model's weights a pattern.
+
+Weights that are chosen by magnitude alone are worked out when they are written, one after another: neither the model
+nor its result is ever held. What needs inputs goes through :mod:`graphprune.sparsity.reconstruction`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from graphprune.errors import OptionError, SparsityError
+from graphprune.kernels.nm import magnitude, sparsify
+from graphprune.model.inlining import inline
+from graphprune.model.nodes import stored_tensor
+from graphprune.model.stream import STRETCH_BYTES, StreamedTensor, element_type
+from graphprune.sparsity.eligibility import find_target, gain, obstacle, tail
+from graphprune.sparsity.pattern import NM, Layout, Pattern
+from graphprune.sparsity.proof import check_file
+from graphprune.sparsity.report import SparsityReport, WeightReport
+from graphprune.sparsity.sites import Site, find_sites
+
+if TYPE_CHECKING:
+    from graphprune.calibration import Calibration
+    from graphprune.pipeline import Progress
+
+Array = npt.NDArray[Any]
+
+#: Ways to choose which elements stay; all but the first need inputs.
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class SparsitySettings:
+    """What to do.
+
+    Attributes:
+        pattern: What each weight is to hold.
+        target: The runtime that it is for: "tensorrt", "onnxruntime" or "any".
+        method: How the elements that stay are chosen: "magnitude", "wanda", "sparsegpt"; None for sparsegpt where there
+            are inputs and magnitude where there are none.
+        refit: Fit what stays to the original's outputs; None for wherever there are inputs.
+        permute: Reorder channels first, so that the elements that stay are larger; None for wherever there are inputs.
+        permute_seconds: How long the search for an order may take.
+        tail: What happens where M does not divide an axis: "dense" leaves its last channels dense, "refuse" the weight.
+        include, exclude: Globs on names of weights and of the nodes that contract them.
+        input_shapes: Sizes for inputs with dynamic dimensions.
+        seed: For searches and choices at random.
+    """
+
+    pattern: Pattern
+    target: str = "tensorrt"
+    method: str | None = None
+    refit: bool | None = None
+    permute: bool | None = None
+    permute_seconds: float = 60.0
+    tail: str = "dense"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    input_shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        find_target(self.target, self.pattern)
+        if self.tail not in ("dense", "refuse"):
+            raise OptionError(f"--nm-tail {self.tail}: give dense or refuse")
+        if self.method is not None and self.method not in METHODS:
+            raise OptionError(
+                f"there is no way {self.method!r} to choose weights; there are {', '.join(METHODS)}"
+            )
+        if self.permute_seconds <= 0:
+            raise OptionError(f"--permute-seconds {self.permute_seconds:g}: give more than 0")
+        if not isinstance(self.pattern, NM) or self.pattern.block != (1, 1):
+            if self.permute:
+                raise OptionError(
+                    f"channels are reordered for N:M patterns of single weights, not for {self.pattern}"
+                )
+            if self.method == "sparsegpt":
+                raise OptionError(f"sparsegpt chooses N:M patterns of single weights, not {self.pattern}")
+
+
+class Sparsifier:
+    """A model on its way to sparse weights."""
+
+    def __init__(
+        self,
+        model: ir.Model,
+        settings: SparsitySettings,
+        calibration: Calibration | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Find the weights.
+
+        Args:
+            model: Changed in place by :meth:`run`.
+            settings: What to do.
+            calibration: Inputs to choose and to fit by.
+            progress: Called with the name of each step.
+
+        Raises:
+            OptionError: What was asked for needs inputs, or a glob matches nothing.
+            SparsityError: No weight can have the pattern.
+        """
+        self.model = model
+        self.settings = settings
+        self._calibration = calibration
+        self._progress = progress
+        plain = isinstance(settings.pattern, NM) and settings.pattern.block == (1, 1)
+        given = calibration is not None
+        self.method = settings.method or ("sparsegpt" if given and plain else "magnitude")
+        self.refit = (given and plain) if settings.refit is None else settings.refit
+        self.permute = (given and plain) if settings.permute is None else settings.permute
+        if not given and (self.method != "magnitude" or self.refit):
+            what = self.method if self.method != "magnitude" else "a refit"
+            raise OptionError(f"{what} needs inputs: give some with --calib")
+        self.report = SparsityReport(str(settings.pattern), settings.target, self._spelled(), [])
+        if given and model.functions:  # inputs of layers are seen, and their weights fitted, call by call
+            inline(model, {function.identifier() for function in model.functions.values()})
+        with self._timed("weights"):
+            self.sites = self._find()
+        #: The stored tensors of the weights that only lose elements, and of those that are fitted.
+        self._sources: dict[ir.Value, ir.TensorProtocol] = {}
+        self._masked: dict[ir.Value, Layout] = {}
+        self._fitted: dict[ir.Value, Layout] = {}
+
+    def _spelled(self) -> str:
+        parts = [self.method, *(["refit"] if self.refit else []), *(["permutation"] if self.permute else [])]
+        return " + ".join(parts)
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(step)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[step] = self.report.seconds.get(step, 0.0) + time.perf_counter() - start
+
+    def _part(self, step: str) -> Callable[[int, int], None]:
+        part = getattr(self._progress, "part", None)
+        return lambda done, total: None if part is None else part(step, done, total)
+
+    # -- which weights ----------------------------------------------------------------------------------------------
+
+    def _find(self) -> dict[ir.Value, tuple[Site, WeightReport]]:
+        settings = self.settings
+        target = find_target(settings.target, settings.pattern)
+        sites = find_sites(self.model)
+        names = [(site.name, *(use.node for use in site.uses)) for site in sites]
+        included = _matching(settings.include, names) if settings.include else [True] * len(sites)
+        excluded = _matching(settings.exclude, names)
+        found = {}
+        for site, wanted, unwanted in zip(sites, included, excluded, strict=True):
+            reason = obstacle(site, settings.pattern, target)
+            left = tail(site, settings.pattern)
+            if reason is None and left and settings.tail == "refuse":
+                reason = f"{settings.pattern} does not divide its {left} last input channels"
+            if reason is None and (unwanted or not wanted):
+                reason = "it was excluded"
+            use = next((use for use in site.uses if use.layout is not None), site.uses[0])
+            entry = WeightReport(
+                site.name,
+                use.node,
+                use.op,
+                site.shape,
+                site.dtype.name,
+                site.layout,
+                reason is None,
+                reason,
+                gain(site, target),
+                left if reason is None else 0,
+            )
+            self.report.weights.append(entry)
+            if reason is None:
+                found[site.value] = (site, entry)
+        if not found:
+            raise SparsityError(f"no weight can be made {settings.pattern}: {_reasons(self.report.weights)}")
+        if tails := [entry for entry in self.report.weights if entry.tail]:
+            self.report.notes.append(
+                f"{len(tails)} weights keep a dense tail, since {settings.pattern} does not divide their input"
+                f" channels: {_some(entry.name for entry in tails)}"
+            )
+        return found
+
+    # -- the work ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> SparsityReport:
+        """Reorder channels, choose elements, fit what stays; weights by magnitude follow when the model is written."""
+        if self.permute:
+            self._permute()
+        if self.method != "magnitude" or self.refit:
+            self._reconstruct()
+        else:
+            for value, (site, entry) in self.sites.items():
+                self._set_masked(value, site, entry)
+        return self.report
+
+    def _permute(self) -> None:
+        from graphprune.passes.permute_channels import permute_channels
+
+        pattern = self.settings.pattern
+        assert isinstance(pattern, NM)
+        with self._timed("permutation"):
+            done = permute_channels(
+                self.model,
+                pattern,
+                seconds=self.settings.permute_seconds,
+                input_shapes=self.settings.input_shapes,
+                seed=self.settings.seed,
+                progress=self._part("permutation"),
+            )
+        self.report.permutation = done.to_dict()
+        fresh = {site.name: site for site in find_sites(self.model)}
+        # An order that one use of a weight needs and another does not gives it a weight of its own.
+        self.sites = {
+            fresh[entry.name].value: (fresh[entry.name], entry)
+            for _, entry in self.sites.values()
+            if entry.name in fresh
+        }
+
+    def _reconstruct(self) -> None:
+        """Choose and fit by inputs."""
+        from graphprune.sparsity.reconstruction import Method, reconstruct
+
+        pattern = self.settings.pattern
+        assert isinstance(pattern, NM)
+        assert self._calibration is not None
+        layouts = {value: site.layout for value, (site, _) in self.sites.items() if site.layout is not None}
+        sources = {value: tensor for value in layouts if (tensor := stored_tensor(value)) is not None}
+        with self._timed("reconstruction"):
+            done = reconstruct(
+                self.model,
+                layouts,
+                pattern,
+                Method(self.method, self.refit),
+                self._calibration,
+                input_shapes=self.settings.input_shapes,
+                seed=self.settings.seed,
+                progress=self._part("reconstruction"),
+            )
+        fallen_back = {value.name: reason for value, reason in done.by_magnitude}
+        for value, mask in done.masks.items():
+            site, entry = self.sites[value]
+            entry.method = "magnitude" if site.name in fallen_back else self.method
+            whole = sources[value].numpy().reshape(layouts[value].shape)
+            entry.kept = _share(whole * mask.reshape(whole.shape), whole)
+            self._fitted[value] = layouts[value]
+        self.report.notes += [f"{name} was chosen by magnitude: {why}" for name, why in fallen_back.items()]
+        self.report.layers = done.to_dict()["layers"]
+
+    def _set_masked(self, value: ir.Value, site: Site, entry: WeightReport) -> None:
+        """Replace a weight by one that is worked out each time that it is read."""
+        source = stored_tensor(value)
+        layout, pattern = site.layout, self.settings.pattern
+        assert source is not None
+        assert layout is not None
+        entry.method = "magnitude"
+        self._sources[value], self._masked[value] = source, layout
+        stretch = STRETCH_BYTES // element_type(source).itemsize
+        parts = list(layout.stretches(pattern.m if isinstance(pattern, NM) else 1, stretch))
+        sums: dict[int, tuple[float, float]] = {}
+
+        def change(start: int, stop: int, elements: Array) -> None:
+            before = _magnitude(elements)
+            masked_by_magnitude(elements.reshape(layout.view(start, stop)), pattern)
+            sums[start] = before, _magnitude(elements)
+            if len(sums) == len(parts):
+                total, left = (sum(column) for column in zip(*sums.values(), strict=True))
+                entry.kept = left / total if total else 1.0
+
+        lazy = StreamedTensor(source, parts, change)
+        if value.is_initializer():
+            value.const_value = lazy
+            return
+        node = value.producer()
+        assert node is not None
+        made = ir.Tensor(lazy.numpy(), dtype=source.dtype, name=source.name)  # attributes are written whole
+        node.attributes["value"] = ir.AttrTensor("value", made)
+
+    # -- the proof --------------------------------------------------------------------------------------------------
+
+    def check(self, path: Path) -> None:
+        """Read the written file again: it holds the patterns, and nothing else changed.
+
+        Raises:
+            VerificationError: It does not.
+        """
+        from graphprune.model import load
+
+        pattern = self.settings.pattern
+        with self._timed("verification"):
+            check_file(
+                load(path),
+                self.model,
+                self._sources,
+                self._masked,
+                self._fitted,
+                pattern if isinstance(pattern, NM) else None,
+            )
+        for weight in self.report.sparse:
+            weight.holds = str(pattern)
+
+
+def masked_by_magnitude(array: Array, pattern: Pattern) -> None:
+    """Zero a weight's smallest elements, in place.
+
+    Args:
+        array: ``[outer, contracted, inner]``.
+        pattern: What it is to hold.
+    """
+    if isinstance(pattern, NM) and pattern.block == (1, 1):
+        sparsify(array, pattern.n, pattern.m, out=array)
+        return
+    raise NotImplementedError
+
+
+def _magnitude(elements: Array) -> float:
+    """Sum of absolute values, to the precision of a report."""
+    if elements.dtype.kind != "f" or elements.dtype.itemsize < 4:
+        elements = elements.astype(np.float32)
+    return float(np.abs(elements).sum())
+
+
+def _share(left: Array, whole: Array) -> float:
+    total = magnitude(whole)
+    return magnitude(left) / total if total else 1.0
+
+
+def _matching(globs: Sequence[str], names: Sequence[Sequence[str]]) -> list[bool]:
+    hits = [[any(n == glob or fnmatchcase(n, glob) for n in each) for each in names] for glob in globs]
+    for glob, hit in zip(globs, hits, strict=True):
+        if not any(hit):
+            raise OptionError(f"the glob {glob!r} matches no weight and no node that contracts one")
+    return [any(column) for column in zip(*hits, strict=True)] if hits else [False] * len(names)
+
+
+def _some(names: Iterator[str], most: int = 3) -> str:
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def _reasons(weights: Sequence[WeightReport]) -> str:
+    """Why, most frequent first."""
+    if not weights:
+        return "it has no weight that an op sums over"
+    by_reason: dict[str, list[str]] = {}
+    for weight in weights:
+        by_reason.setdefault(weight.reason or "", []).append(weight.name)
+    ranked = sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    return "; ".join(f"{reason} ({_some(iter(names), 2)})" for reason, names in ranked[:4])
