@@ -8,8 +8,7 @@ that consumes the sizes gets them scaled.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,18 +19,15 @@ import onnx_ir as ir
 from graphprune.axes.analysis import Analysis, operands_of
 from graphprune.axes.flow import Operand, SignatureFlow
 from graphprune.axes.signature import View
+from graphprune.constants import ConstantChanges
 from graphprune.errors import PlanError
 from graphprune.graph import Op, Tensor
-from graphprune.graph.evaluate import evaluate_constant
 from graphprune.kernels.box import Mask, box_of_parts, compact
 from graphprune.model.splice import Splicer, base_name
 from graphprune.plan import Masks
 from graphprune.rules.registry import Refusal, find_rule, tensor_at
 
 Array = npt.NDArray[Any]
-
-#: Weights of at least this many elements are compacted when they are read.
-LAZY_FROM = 1 << 16
 
 
 @dataclass
@@ -49,21 +45,19 @@ class Edits:
         return any((self.attributes, self.dropped, self.constants, self.scaled, self.gathered, self.restored))
 
 
-def compacted_later(
-    source: ir.TensorProtocol, parts: Sequence[Mask], shape: tuple[int, ...]
-) -> ir.LazyTensor:
-    """What is left of a stored weight, worked out each time that it is read: it is never held beside its source."""
+@dataclass(frozen=True)
+class _Compaction:
+    """What is left of one constant (a :class:`graphprune.constants.Change`)."""
 
-    def read() -> ir.Tensor[Any]:
-        array = source.numpy()
-        left = compact(array, *parts)
-        del array
-        if isinstance(source, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):  # somebody looks at the contents
-                source.release()  # the pages of a mapped file count as memory while they are mapped
-        return ir.Tensor(left, dtype=source.dtype, name=source.name)
+    parts: Sequence[Mask]
+    shape: tuple[int, ...]
 
-    return ir.LazyTensor(read, source.dtype, ir.Shape(shape), name=source.name, doc_string=source.doc_string)
+    @property
+    def key(self) -> Hashable:
+        return tuple((part.shape, part.tobytes()) for part in self.parts)
+
+    def apply(self, array: Array) -> Array:
+        return compact(array, *self.parts)
 
 
 class OpChange:
@@ -237,134 +231,16 @@ class Rewriter:
     def run(self, edits: dict[tuple[tuple[ir.Node, ...], ir.Node], Edits]) -> None:
         """Apply all edits, compact all constants, correct stored shapes, remove what nothing reads any more."""
         self._correct_shapes()
-        self._compact_constants()
+        constants = ConstantChanges(self._analysis, self._splice, self._compaction, "pruned")
+        constants.run()
+        self._loose += constants.loose
         for (_, node), edit in edits.items():
             self._edit(node, edit)
         self._splice.remove_unread(self._loose)
 
-    # -- constants ----------------------------------------------------------------------------------------------
-
-    def _compact_constants(self) -> None:
-        """Compact each weight; uses of one weight that keep different things get weights of their own.
-
-        What is computed from constants is worked out first, while all weights are as they were; it is stored where it
-        is cut itself, and where it is computed from a weight that is cut for the sake of another reader.
-        """
-        by_value: dict[ir.Value, list[Tensor]] = {}
-        for tensor in self._analysis.graph.tensors:
-            if tensor.constant and tensor.value is not None and tensor.producer is None:
-                by_value.setdefault(tensor.value, []).append(tensor)
-        cut = {
-            value: tensors
-            for value, tensors in by_value.items()
-            if any(self._masks.parts(tensor) for tensor in tensors)
-        }
-        computed = {
-            tensor: evaluate_constant(tensor)
-            for tensor in self._computed_constants()
-            if self._masks.parts(tensor) or self._stems_from(tensor, cut)
-        }
-        for value, tensors in cut.items():
-            self._compact(value, tensors)
-        for tensor, array in computed.items():
-            if tensor.value is not None:
-                parts = self._masks.parts(tensor)
-                self._replace_contents(tensor.value, compact(array, *parts) if parts else array)
-
-    def _computed_constants(self) -> Iterator[Tensor]:
-        """Results of ops on constants that something else reads."""
-        for op in self._analysis.graph.ops:
-            if self._analysis.is_leaf(op):
-                for tensor in op.outputs:
-                    if tensor is not None and any(
-                        not self._analysis.is_leaf(user) for user, _ in tensor.uses
-                    ):
-                        yield tensor
-
-    @staticmethod
-    def _stems_from(tensor: Tensor, values: Container[ir.Value]) -> bool:
-        todo, seen = [tensor], {tensor}
-        while todo:
-            current = todo.pop()
-            if current.producer is None:
-                if current.value is not None and current.value in values:
-                    return True
-                continue
-            fresh = [t for t in current.producer.inputs if t is not None and t not in seen]
-            seen.update(fresh)
-            todo += fresh
-        return False
-
-    def _compact(self, value: ir.Value, tensors: list[Tensor]) -> None:
-        versions: dict[tuple[tuple[tuple[int, ...], bytes], ...], list[Tensor]] = {}
-        for tensor in tensors:
-            key = tuple((part.shape, part.tobytes()) for part in self._masks.parts(tensor))
-            versions.setdefault(key, []).append(tensor)
-        stored = value.const_value if value.is_initializer() else None
-        lazy = (
-            stored if stored is not None and stored.size >= LAZY_FROM and stored.dtype.bitwidth >= 8 else None
-        )
-        array = evaluate_constant(tensors[0]) if lazy is None or len(versions) > 1 else None
-        # The version that keeps the name is the first one; the others are clones.
-        for number, (key, users) in enumerate(versions.items()):
-            parts = self._masks.parts(users[0])
-            if number == 0 and lazy is not None:
-                if key:
-                    value.const_value = compacted_later(lazy, parts, self._masks.shape(users[0]))
-                    value.shape = ir.Shape(self._masks.shape(users[0]))
-                continue
-            assert array is not None
-            data = compact(array, *parts) if key else array
-            if number == 0:
-                if key:
-                    self._replace_contents(value, data)
-                continue
-            for tensor in users:
-                clone: ir.Value | None = None
-                for op, slot in tensor.uses:
-                    if op.node is None:
-                        continue
-                    if clone is None:
-                        clone = self._splice.constant(op.node, value.name or "weight", data)
-                    self._replace_use(op.node, slot, value, clone)
-
-    def _replace_contents(self, value: ir.Value, data: Array) -> None:
-        if data.dtype.kind in "OSU":
-            encoded = [
-                text.encode() if isinstance(text, str) else bytes(text) for text in data.ravel().tolist()
-            ]
-            tensor: ir.TensorProtocol = ir.StringTensor(encoded, shape=ir.Shape(data.shape), name=value.name)
-        else:
-            tensor = ir.tensor(data, name=value.name)
-        if value.is_initializer():
-            if value.const_value is not None and value.const_value.dtype != tensor.dtype:
-                tensor = ir.Tensor(data, dtype=value.const_value.dtype, name=value.name)
-            value.const_value = tensor
-            value.shape = ir.Shape(data.shape)
-            return
-        node = value.producer()
-        if node is not None and node.op_type == "Constant" and not node.domain and "value" in node.attributes:
-            node.attributes["value"] = ir.AttrTensor("value", tensor)
-            if value.shape is not None:
-                value.shape = ir.Shape(data.shape)
-            return
-        if node is None:
-            raise PlanError(f"{value.name!r} holds no contents that could be rewritten")
-        replacement = self._splice.constant(node, f"{value.name}_pruned", data)
-        for user, index in list(value.uses()):
-            user.replace_input_with(index, replacement)
-        self._loose.append(value)
-
-    @staticmethod
-    def _replace_use(node: ir.Node, slot: int, value: ir.Value, clone: ir.Value) -> None:
-        if slot < len(node.inputs) and node.inputs[slot] is value:
-            node.replace_input_with(slot, clone)
-            return
-        for index, operand in enumerate(node.inputs):  # at the border of a subgraph the slots differ
-            if operand is value:
-                node.replace_input_with(index, clone)
-                return
-        raise PlanError(f"{value.name!r} is returned by a subgraph of {node.name!r} and used elsewhere")
+    def _compaction(self, tensor: Tensor) -> _Compaction | None:
+        parts = self._masks.parts(tensor)
+        return _Compaction(parts, self._masks.shape(tensor)) if parts else None
 
     # -- nodes --------------------------------------------------------------------------------------------------
 
