@@ -45,3 +45,7 @@ class PlanError(GraphPruneError):
 
 class VerificationError(GraphPruneError):
     """The pruned model is invalid or differs from the masked original."""
+
+
+class EngineError(GraphPruneError):
+    """TensorRT is missing, fails, or does not take the network."""
