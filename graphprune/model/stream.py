@@ -60,7 +60,7 @@ def reading(tensor: ir.TensorProtocol) -> Iterator[Read]:
     try:
 
         def read(start: int, out: Array) -> None:
-            view = memoryview(out.view(np.uint8))
+            view = out.view(np.uint8).data
             position = (tensor.offset or 0) + start * width
             while view:
                 got = os.preadv(descriptor, [view], position)
@@ -129,12 +129,12 @@ class StreamedTensor(ir.LazyTensor):
             for start, stop in self._parts:
                 if not free:
                     made, buffer = waiting.popleft()
-                    yield memoryview(made.result().view(np.uint8))
+                    yield made.result().view(np.uint8).data
                     free.append(buffer)
                 buffer = free.pop()
                 waiting.append((pool.submit(make, start, stop, buffer), buffer))
             for made, _ in waiting:
-                yield memoryview(made.result().view(np.uint8))
+                yield made.result().view(np.uint8).data
 
 
 def release(tensor: ir.TensorProtocol) -> None:

@@ -114,12 +114,16 @@ class Layout:
     Attributes:
         outer, contracted, inner: The three sizes.
         outputs: Number of results that each contraction makes (K; of one conv group).
+        outputs_axis: Where neighbouring outputs lie: 0 for outer, 2 for inner.
+        outputs_step: From one output to the next along that axis.
     """
 
     outer: int
     contracted: int
     inner: int
     outputs: int
+    outputs_axis: int = 0
+    outputs_step: int = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -8,11 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from graphprune.errors import VerificationError
-from graphprune.kernels.nm import most_nonzero
+from graphprune.kernels.block_masks import Outputs, fraction_block_mask, nm_block_mask, unstructured_mask
+from graphprune.kernels.nm import Mask, most_nonzero, nm_mask, ranks
 from graphprune.model.nodes import stored_tensor
 from graphprune.model.read import all_graphs, all_nodes
-from graphprune.model.stream import STRETCH_BYTES, element_type, reading, stretches
-from graphprune.sparsity.pattern import NM, Layout
+from graphprune.model.stream import STRETCH_BYTES, Array, element_type, reading, stretches
+from graphprune.sparsity.pattern import NM, Layout, Pattern
 
 
 def compare(name: str, source: ir.TensorProtocol, found: ir.TensorProtocol, *, zeroed: bool = False) -> None:
@@ -53,15 +54,40 @@ def compare(name: str, source: ir.TensorProtocol, found: ir.TensorProtocol, *, z
                 raise VerificationError(f"element {place} of tensor {name!r} was not written as {wanted}")
 
 
-def check_holds(name: str, tensor: ir.TensorProtocol, layout: Layout, pattern: NM) -> None:
+def check_holds(name: str, tensor: ir.TensorProtocol, layout: Layout, pattern: Pattern) -> None:
     """A weight holds its pattern.
 
     Raises:
-        VerificationError: A group of M has more than N elements that are not zero.
+        VerificationError: A group of M has more than N units that are not zero, or too few elements are zero.
     """
-    most = most_held(tensor, layout, pattern.m)
-    if most > pattern.n:
-        raise VerificationError(f"weight {name!r} was to be {pattern}, and has {most} nonzeros in a group")
+    if isinstance(pattern, NM) and pattern.block == (1, 1):
+        most = most_held(tensor, layout, pattern.m)
+        if most > pattern.n:
+            raise VerificationError(
+                f"weight {name!r} was to be {pattern}, and has {most} nonzeros in a group"
+            )
+        return
+    array = tensor.numpy().reshape(layout.shape)
+    if (array[~mask_of(array, pattern, layout)] != 0).any():
+        raise VerificationError(f"weight {name!r} was to be {pattern}, and is not")
+
+
+def mask_of(array: Array, pattern: Pattern, layout: Layout) -> Mask:
+    """What stays of a weight where the elements of least magnitude go.
+
+    Args:
+        array: ``[outer, contracted, inner]``.
+        pattern: What it is to hold.
+        layout: How it is contracted.
+    """
+    outputs = Outputs(layout.outputs_axis, layout.outputs, layout.outputs_step)
+    if isinstance(pattern, NM):
+        if pattern.block == (1, 1):
+            return nm_mask(ranks(array), pattern.n, pattern.m)
+        return nm_block_mask(array, pattern.n, pattern.m, *pattern.block, outputs)
+    if pattern.block == (1, 1):
+        return unstructured_mask(ranks(array), pattern.fraction)
+    return fraction_block_mask(array, pattern.fraction, *pattern.block, outputs)
 
 
 def most_held(tensor: ir.TensorProtocol, layout: Layout, m: int) -> int:
@@ -96,7 +122,7 @@ def check_file(
     sources: Mapping[ir.Value, ir.TensorProtocol],
     masked: Mapping[ir.Value, Layout],
     fitted: Mapping[ir.Value, Layout],
-    pattern: NM | None,
+    pattern: Pattern,
 ) -> None:
     """A file holds the model, with nothing changed but elements of the chosen weights that became zero.
 
@@ -106,13 +132,15 @@ def check_file(
         sources: What the chosen weights were.
         masked: Weights that only lost elements.
         fitted: Weights whose other elements were fitted to data; only their pattern is checked.
-        pattern: What they all hold; None for a fraction, which has no groups.
+        pattern: What they all hold.
 
     Raises:
         VerificationError: Something else changed, or a pattern does not hold.
     """
-    pairs = zip(stored_tensors(model), stored_tensors(written), strict=True)
-    for (value, tensor), (twin, found) in pairs:
+    stored, read = list(stored_tensors(model)), list(stored_tensors(written))
+    if len(stored) != len(read):
+        raise VerificationError(f"the file holds {len(read)} tensors where {len(stored)} were written")
+    for (value, tensor), (twin, found) in zip(stored, read, strict=True):
         name = value.name or ""
         if value.name != twin.name:
             raise VerificationError(f"tensor {name!r} was written under the name {twin.name!r}")
@@ -121,5 +149,5 @@ def check_file(
         else:
             compare(name, tensor, found)
         layout = masked.get(value) or fitted.get(value)
-        if layout is not None and pattern is not None and pattern.block == (1, 1):
+        if layout is not None:
             check_holds(name, found, layout, pattern)

@@ -187,12 +187,14 @@ class _Walk:
         if tensor is None:
             return "its contents are not stored as one tensor"
         shape = tuple(tensor.shape.numpy())
-        axis, outputs = stored.axes[weight.axis], shape[stored.axes[weight.outputs]]
+        axis, along = stored.axes[weight.axis], stored.axes[weight.outputs]
+        outputs = shape[along]
         split = group if weight.grouped else 1
         if shape[axis] % split:
             return f"its axis of {shape[axis]} does not fall into {split} groups"
         made = outputs if weight.grouped or group == 1 else outputs // group
-        return Layout(prod(shape[:axis]) * split, shape[axis] // split, prod(shape[axis + 1 :]), made)
+        place = (0, prod(shape[along + 1 : axis]) * split) if along < axis else (2, prod(shape[along + 1 :]))
+        return Layout(prod(shape[:axis]) * split, shape[axis] // split, prod(shape[axis + 1 :]), made, *place)
 
     def stored(self, value: ir.Value, seen: dict[ir.Value, _Stored | None]) -> _Stored | None:
         """The stored weight that a value is but for the order of its axes; None if it is computed."""

@@ -25,7 +25,7 @@ from graphprune.model.nodes import stored_tensor
 from graphprune.model.stream import STRETCH_BYTES, StreamedTensor, element_type
 from graphprune.sparsity.eligibility import find_target, gain, obstacle, tail
 from graphprune.sparsity.pattern import NM, Layout, Pattern
-from graphprune.sparsity.proof import check_file
+from graphprune.sparsity.proof import check_file, mask_of
 from graphprune.sparsity.report import SparsityReport, WeightReport
 from graphprune.sparsity.sites import Site, find_sites
 
@@ -164,7 +164,7 @@ class Sparsifier:
             reason = obstacle(site, settings.pattern, target)
             left = tail(site, settings.pattern)
             if reason is None and left and settings.tail == "refuse":
-                reason = f"{settings.pattern} does not divide its {left} last input channels"
+                reason = f"{settings.pattern} does not divide its input channels: {left} are left over"
             if reason is None and (unwanted or not wanted):
                 reason = "it was excluded"
             use = next((use for use in site.uses if use.layout is not None), site.uses[0])
@@ -266,13 +266,14 @@ class Sparsifier:
         assert layout is not None
         entry.method = "magnitude"
         self._sources[value], self._masked[value] = source, layout
-        stretch = STRETCH_BYTES // element_type(source).itemsize
-        parts = list(layout.stretches(pattern.m if isinstance(pattern, NM) else 1, stretch))
+        parts = [(0, source.size)]  # blocks and fractions are chosen among all elements
+        if isinstance(pattern, NM) and pattern.block == (1, 1):
+            parts = list(layout.stretches(pattern.m, STRETCH_BYTES // element_type(source).itemsize))
         sums: dict[int, tuple[float, float]] = {}
 
         def change(start: int, stop: int, elements: Array) -> None:
             before = _magnitude(elements)
-            masked_by_magnitude(elements.reshape(layout.view(start, stop)), pattern)
+            _mask(elements.reshape(layout.view(start, stop)), pattern, layout)
             sums[start] = before, _magnitude(elements)
             if len(sums) == len(parts):
                 total, left = (sum(column) for column in zip(*sums.values(), strict=True))
@@ -305,23 +306,24 @@ class Sparsifier:
                 self._sources,
                 self._masked,
                 self._fitted,
-                pattern if isinstance(pattern, NM) else None,
+                pattern,
             )
         for weight in self.report.sparse:
             weight.holds = str(pattern)
 
 
-def masked_by_magnitude(array: Array, pattern: Pattern) -> None:
-    """Zero a weight's smallest elements, in place.
+def _mask(array: Array, pattern: Pattern, layout: Layout) -> None:
+    """Zero the elements of least magnitude, in place.
 
     Args:
-        array: ``[outer, contracted, inner]``.
+        array: A whole weight, ``[outer, contracted, inner]``; a stretch of it where single elements make up groups.
         pattern: What it is to hold.
+        layout: The whole weight's.
     """
     if isinstance(pattern, NM) and pattern.block == (1, 1):
         sparsify(array, pattern.n, pattern.m, out=array)
-        return
-    raise NotImplementedError
+    else:
+        array[~mask_of(array, pattern, layout)] = 0
 
 
 def _magnitude(elements: Array) -> float:

@@ -31,7 +31,8 @@ def run(options: argparse.Namespace) -> int:
         GraphPruneError: Whatever went wrong; nothing was written then.
     """
     target = meaning.output_path(options)
-    meaning.budget(options)  # complains now rather than after the imports
+    meaning.pattern_of(options)  # these complain now rather than after the imports
+    meaning.budget(options)
     start = perf_counter()
     from graphprune.display import Steps
 
