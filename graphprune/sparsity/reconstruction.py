@@ -83,15 +83,17 @@ class Reconstructed:
     """What became of one contraction.
 
     Attributes:
-        weight: Name of the stored weight; None for a contraction that stays dense.
+        weight: Name of the stored weight.
         node: The node's name.
+        sparse: It was given the pattern; else it was only fitted to what is sparse before it.
         before: Squared error of its output relative to the variance of the original's, before it was touched: what
             comes from the layers before.
         after: The same after.
     """
 
-    weight: str | None
+    weight: str
     node: str
+    sparse: bool
     before: float
     after: float
 
@@ -114,7 +116,13 @@ class ReconstructionReport:
         """A form that JSON can hold."""
         return {
             "layers": [
-                {"weight": e.weight, "node": e.node, "error_before": e.before, "error_after": e.after}
+                {
+                    "weight": e.weight,
+                    "node": e.node,
+                    "sparse": e.sparse,
+                    "error_before": e.before,
+                    "error_after": e.after,
+                }
                 for e in self.layers
             ],
             "by_magnitude": [{"weight": value.name, "reason": reason} for value, reason in self.by_magnitude],
@@ -143,12 +151,12 @@ class _Target:
     Attributes:
         value: What holds the weight.
         indices: Flat positions in the stored weight, in the shape in which the op reads it.
-        groups: For each product of the contraction, ``[groups, m]`` its features.
+        groups: For each product of the contraction, ``[groups, m]`` its features; None for a weight that stays dense.
     """
 
     value: ir.Value
     indices: Ints
-    groups: list[Ints]
+    groups: list[Ints] | None
 
 
 class Reconstruction(FrontToBack):
@@ -186,39 +194,35 @@ class Reconstruction(FrontToBack):
 
     def _find_targets(self) -> None:
         reasons = dict.fromkeys(self._layouts, "no contraction of the main graph reads it")
-        readers: dict[ir.Value, list[tuple[Op, _Target]]] = {}
         for op in self.pair.ops:
             contraction = find_contraction(op, attributes_now(op))
             if isinstance(contraction, Contraction):
                 found = self._target(contraction)
                 if isinstance(found, _Target):
-                    readers.setdefault(found.value, []).append((op, found))
-                elif found is not None:
+                    self._targets[op] = found
+                    reasons.pop(found.value, None)
+                elif found is not None and found[0] in reasons:
                     reasons[found[0]] = found[1]
-            elif isinstance(contraction, str):
-                for value in op.node.inputs if op.node is not None else ():
-                    stored = None if value is None else _stored(value)
+            elif contraction is not None and op.node is not None:
+                for operand in op.node.inputs:
+                    stored = None if operand is None else _stored(operand)
                     if stored is not None and stored[0] in reasons:
                         reasons[stored[0]] = contraction
         for value, reason in reasons.items():
-            users = readers.get(value, [])
-            if len(users) == 1:
-                self._targets[users[0][0]] = users[0][1]
-            else:
-                self._mask(value, "it is shared by several layers" if users else reason)
+            self._mask(value, reason)
 
     def _target(self, contraction: Contraction) -> _Target | tuple[ir.Value, str] | None:
-        """The weight that a contraction reads; why it cannot be reconstructed; None if it is not to be sparse."""
+        """The weight that a contraction reads; why it cannot be changed by inputs; None if it is computed."""
         op = contraction.op
         value = op.node.inputs[contraction.weight] if op.node is not None else None
         stored = None if value is None else _stored(value)
-        if stored is None or stored[0] not in self._layouts:
+        if stored is None:
             return None
         value, indices, reason = stored
         if reason is not None:
             return value, reason
-        if not _is_real(value):
-            return value, "it is stored as integers"
+        if value not in self._layouts:
+            return _Target(value, indices, None)
         if self.pattern.block != (1, 1):
             return value, f"blocks of {self.pattern.block[0]}x{self.pattern.block[1]} are chosen by magnitude"
         groups = _groups(contraction, indices, self._layouts[value], self.pattern.m)
@@ -228,12 +232,15 @@ class Reconstruction(FrontToBack):
 
     def wants(self, op: Op) -> bool:
         """True if an op's weight is to be sparse, or to be fitted to what is."""
-        return op in self._targets or (self.method.refit and self.method.others)
+        target = self._targets.get(op)
+        if target is None:
+            return False
+        return target.groups is not None or (self.method.refit and self.method.others)
 
     def skip(self, op: Op, reason: str) -> None:
         """Prune by magnitude what cannot be had otherwise."""
-        target = self._targets.pop(op, None)
-        if target is not None:
+        target = self._targets.pop(op)
+        if target.groups is not None:
             self._mask(target.value, reason)
 
     def _mask(self, value: ir.Value, reason: str) -> None:
@@ -242,33 +249,31 @@ class Reconstruction(FrontToBack):
 
     def solve(self, layer: Layer) -> None:
         """Choose what stays of a weight, and fit it."""
-        target = self._targets.get(layer.contraction.op)
+        target = self._targets[layer.contraction.op]
         matrices, biases, masks = [], [], []
         for number, gram in enumerate(layer.grams):
             matrix, bias = layer.matrices[number], layer.biases[number]
-            if target is None:
+            mask: Mask = np.ones(matrix.shape, dtype=bool)
+            if target.groups is None:
                 matrix, shift = refit(
                     gram, matrix, bias, intercept=layer.intercept, damping=self.method.damping
                 )
             else:
                 matrix, shift, mask = self._sparse(gram, matrix, bias, target.groups[number], layer.intercept)
-                masks.append(mask)
             matrices.append(matrix)
             biases.append(bias if shift is None else shift)
+            masks.append(mask)
         made, shifts = np.stack(matrices), np.stack(biases)
-        if target is None:
-            self.weights.write(
-                layer.contraction, layer.restored(made).astype(layer.weight.dtype), shifts, layer.place
-            )
-        elif not self._store(layer, target, made, np.stack(masks)):
+        if not self._store(layer, target, made, np.stack(masks)):
             self.skip(layer.contraction.op, "its fitted weights are beyond the range of its type")
             return
-        elif layer.place is not None and self.method.refit:
+        if layer.place is not None and self.method.refit:
             self.weights.write_bias(layer.contraction, shifts, layer.place, layer.weight.dtype)
         self.report.layers.append(
             Reconstructed(
-                target.value.name if target is not None else None,
+                target.value.name or "",
                 layer.contraction.op.name,
+                target.groups is not None,
                 layer.error(layer.matrices, layer.biases),
                 layer.error(made, shifts),
             )
@@ -315,7 +320,8 @@ class Reconstruction(FrontToBack):
             return False
         rounded[~mask] = 0
         _write(target.value, rounded.reshape(old.shape))
-        self.report.masks[target.value] = mask.reshape(old.shape)
+        if target.groups is not None:
+            self.report.masks[target.value] = mask.reshape(old.shape)
         return True
 
 
@@ -342,11 +348,6 @@ def _write(value: ir.Value, array: Array) -> None:
         node.attributes["value"] = ir.AttrTensor("value", made)
 
 
-def _is_real(value: ir.Value) -> bool:
-    tensor = stored_tensor(value)
-    return tensor is not None and tensor.dtype.is_floating_point()
-
-
 def _stored(value: ir.Value) -> tuple[ir.Value, Ints, str | None] | None:
     """What an operand is stored as: the value, its positions in the operand's shape, and why it cannot be changed.
 
@@ -359,6 +360,8 @@ def _stored(value: ir.Value) -> tuple[ir.Value, Ints, str | None] | None:
             reason = "it is read in several places"
         tensor = stored_tensor(value)
         if tensor is not None:
+            if not tensor.dtype.is_floating_point():
+                reason = reason or "it is stored as integers"
             break
         node = value.producer()
         if node is None or node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
