@@ -14,7 +14,7 @@ import scipy.linalg
 from onnx import helper, numpy_helper
 
 from graphprune.calibration import Calibration
-from graphprune.errors import ModelError, OptionError
+from graphprune.errors import ModelError, OptionError, SparsityError
 from graphprune.kernels.nm import nm_mask
 from graphprune.kernels.sparsegpt import sparsegpt
 from graphprune.model import copy, to_proto
@@ -491,6 +491,15 @@ def test_progress_and_seeds() -> None:
         assert np.array_equal(contents(first.ir, name), contents(again.ir, name))
     report = first.report.to_dict()
     assert [layer["weight"] for layer in report["layers"]] == ["w1", "w2", "w3"]
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(OptionError, match="for single weights, not for blocks"):
+        Sparse(deep(), {"x": mixed(60, 12)}, LAYOUTS, Method(), NM(2, 4, (4, 1)))
+    source = deep()
+    source.graph.initializers["w1"].const_value = ir.tensor(np.full((12, 16), np.nan, np.float32), name="w1")
+    with pytest.raises(SparsityError, match="'w1' holds NaN"):
+        Sparse(source, None, LAYOUTS, Method("magnitude", refit=False))
 
 
 def test_no_such_method() -> None:

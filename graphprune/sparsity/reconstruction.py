@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphprune.calibration import Array, Calibration
-from graphprune.errors import ModelError, OptionError
+from graphprune.errors import ModelError, OptionError, SparsityError
 from graphprune.graph import Op, Tensor
 from graphprune.graph.twin import build_twin
 from graphprune.kernels.box import Mask
@@ -223,8 +223,6 @@ class Reconstruction(FrontToBack):
             return value, reason
         if value not in self._layouts:
             return _Target(value, indices, None)
-        if self.pattern.block != (1, 1):
-            return value, f"blocks of {self.pattern.block[0]}x{self.pattern.block[1]} are chosen by magnitude"
         groups = _groups(contraction, indices, self._layouts[value], self.pattern.m)
         if groups is None:
             return value, "its groups do not lie within single outputs"
@@ -330,6 +328,8 @@ def mask_by_magnitude(value: ir.Value, layout: Layout, pattern: NM) -> Mask:
     tensor = stored_tensor(value)
     assert tensor is not None
     array = np.array(tensor.numpy())
+    if tensor.dtype.is_floating_point() and np.isnan(array.astype(np.float32)).any():
+        raise SparsityError(f"weight {value.name!r} holds NaN: its elements have no order")
     mask = nm_mask(ranks(array).reshape(layout.shape), pattern.n, pattern.m).reshape(array.shape)
     array[~mask] = 0
     _write(value, array)
@@ -431,9 +431,14 @@ def reconstruct(
         What was done, with the masks.
 
     Raises:
-        OptionError: The method needs inputs and there are none.
+        OptionError: The method needs inputs and there are none, or the pattern is of blocks.
+        SparsityError: A weight holds NaN.
         ModelError: ``original`` is another network, or ONNX Runtime cannot run a piece of the model.
     """
+    if pattern.block != (1, 1):
+        raise OptionError(
+            f"{pattern}: patterns are chosen and fitted by inputs for single weights, not for blocks"
+        )
     if not method.needs_inputs:
         report = ReconstructionReport()
         for number, (value, layout) in enumerate(weights.items()):
