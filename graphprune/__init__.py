@@ -36,12 +36,17 @@ if TYPE_CHECKING:
     from graphprune.network import Network as Network
     from graphprune.pipeline import analyze as analyze
     from graphprune.pipeline import prune as prune
+    from graphprune.pipeline import sparsify as sparsify
     from graphprune.plan import Plan as Plan
     from graphprune.report import Report as Report
+    from graphprune.sparsity.pattern import NM as NM
+    from graphprune.sparsity.pattern import Unstructured as Unstructured
+    from graphprune.sparsity.report import SparsityReport as SparsityReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NM",
     "Analysis",
     "BudgetError",
     "Calibration",
@@ -58,12 +63,15 @@ __all__ = [
     "Report",
     "RuleError",
     "SparsityError",
+    "SparsityReport",
+    "Unstructured",
     "VerificationError",
     "__version__",
     "analyze",
     "coupling_graph",
     "load_calibration",
     "prune",
+    "sparsify",
 ]
 
 # The home module of each lazy name; the imports under TYPE_CHECKING say the same to type checkers.
@@ -74,11 +82,15 @@ _HOMES = {
     "Network": "graphprune.network",
     "Plan": "graphprune.plan",
     "Preprocess": "graphprune.calibration.preprocess",
+    "NM": "graphprune.sparsity.pattern",
     "Report": "graphprune.report",
+    "SparsityReport": "graphprune.sparsity.report",
+    "Unstructured": "graphprune.sparsity.pattern",
     "analyze": "graphprune.pipeline",
     "coupling_graph": "graphprune.axes.coupling",
     "load_calibration": "graphprune.calibration",
     "prune": "graphprune.pipeline",
+    "sparsify": "graphprune.pipeline",
 }
 
 

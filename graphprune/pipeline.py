@@ -1,4 +1,4 @@
-"""The two things that users call: ``prune`` and ``analyze``."""
+"""What users call: ``analyze``, ``prune``, ``sparsify``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from graphprune.calibration.preprocess import Preprocess
     from graphprune.choice.search import Drop
+    from graphprune.sparsity.pattern import Pattern
+    from graphprune.sparsity.report import SparsityReport
 
 Model = TypeVar("Model")
 Progress = Callable[[str], None]
@@ -229,3 +231,82 @@ def _drop(most: float, metric: str | None, jobs: int, executor: Executor | None)
     from graphprune.choice.search import Drop
 
     return Drop(most, metric, jobs, executor)
+
+
+def sparsify(
+    model: Model,
+    pattern: str | Pattern = "2:4",
+    *,
+    target: str = "tensorrt",
+    method: str | None = None,
+    refit: bool | None = None,
+    permute: bool | None = None,
+    permute_seconds: float = 60.0,
+    tail: str = "dense",
+    calibration: object = None,
+    preprocess: Preprocess | str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    verify: bool = True,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Any, SparsityReport]:
+    """Give a model's weights an N:M pattern, or another sparsity.
+
+    Args:
+        model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or an onnx-graphsurgeon graph; never changed.
+        pattern: "2:4" or the like, or a value of :mod:`graphprune.sparsity.pattern`.
+        target: The runtime whose rules say which weights can have it: "tensorrt", "onnxruntime" or "any".
+        method: How the elements that stay are chosen: "magnitude", "wanda" or "sparsegpt"; None: the last where there
+            are inputs, else the first.
+        refit: Fit what stays, and biases, to the original's outputs; None: where there are inputs.
+        permute: First reorder channels, so that larger elements stay; None: where there are inputs.
+        permute_seconds: How long an order may be looked for.
+        tail: Where M does not divide an axis: "dense" leaves its last channels as they are, "refuse" the weight.
+        calibration: Inputs, in any form that :func:`graphprune.load_calibration` takes.
+        preprocess: What makes inputs of images.
+        include, exclude: Globs on names of weights and of the nodes that sum over them.
+        input_shapes: Sizes for inputs with dynamic dimensions, by input name.
+        verify: Check that the pattern holds and that nothing else changed; a reordered model is run too.
+        seed: For searches, and for choices at random.
+        progress: Called with the name of each step.
+
+    Returns:
+        The sparse model, of the kind that was given (a path gives an ``onnx_ir.Model``), and what was done.
+
+    Raises:
+        OptionError: An option is wrong, or inputs are missing.
+        ModelError: The model cannot be read.
+        SparsityError: No weight can have the pattern.
+        VerificationError: The result is not what it should be.
+    """
+    from graphprune.calibration import load_calibration
+    from graphprune.calibration.preprocess import Preprocess
+    from graphprune.sparsity.pattern import NM
+    from graphprune.sparsity.sparsify import Sparsifier, SparsitySettings
+
+    settings = SparsitySettings(
+        NM.parse(pattern) if isinstance(pattern, str) else pattern,
+        target,
+        method,
+        refit,
+        permute,
+        permute_seconds,
+        tail,
+        include,
+        exclude,
+        input_shapes or {},
+        seed,
+    )
+    made, same_kind = as_ir(model)
+    inputs = None
+    if calibration is not None:
+        chosen = Preprocess.parse(preprocess) if isinstance(preprocess, str) else preprocess
+        graph = build_twin(made, input_shapes)
+        inputs = load_calibration(calibration, graph, preprocess=chosen, seed=seed)
+    sparsifier = Sparsifier(made, settings, inputs, progress, verify=verify)
+    report = sparsifier.run()
+    if verify:
+        sparsifier.check()
+    return same_kind(made), report

@@ -97,6 +97,8 @@ class Sparsifier:
         settings: SparsitySettings,
         calibration: Calibration | None = None,
         progress: Progress | None = None,
+        *,
+        verify: bool = True,
     ) -> None:
         """Find the weights.
 
@@ -105,6 +107,7 @@ class Sparsifier:
             settings: What to do.
             calibration: Inputs to choose and to fit by.
             progress: Called with the name of each step.
+            verify: Compare a model with its reordered form.
 
         Raises:
             OptionError: What was asked for needs inputs, or a glob matches nothing.
@@ -114,6 +117,7 @@ class Sparsifier:
         self.settings = settings
         self._calibration = calibration
         self._progress = progress
+        self._verifies = verify
         plain = isinstance(settings.pattern, NM) and settings.pattern.block == (1, 1)
         given = calibration is not None
         self.method = settings.method or ("sparsegpt" if given and plain else "magnitude")
@@ -217,7 +221,9 @@ class Sparsifier:
                 seconds=self.settings.permute_seconds,
                 input_shapes=self.settings.input_shapes,
                 seed=self.settings.seed,
-                progress=self._part("permutation"),
+                feeds=[] if self._calibration is None else list(self._calibration.subset(1).batches(1)),
+                verify=self._verifies,
+                progress=lambda done: self._part("permutation")(round(100 * done), 100),
             )
         self.report.permutation = done.to_dict()
         fresh = {site.name: site for site in find_sites(self.model)}
@@ -288,28 +294,50 @@ class Sparsifier:
         made = ir.Tensor(lazy.numpy(), dtype=source.dtype, name=source.name)  # attributes are written whole
         node.attributes["value"] = ir.AttrTensor("value", made)
 
-    # -- the proof --------------------------------------------------------------------------------------------------
+    # -- what is written beside the model ---------------------------------------------------------------------------
 
-    def check(self, path: Path) -> None:
-        """Read the written file again: it holds the patterns, and nothing else changed.
+    def save_packed(self, path: Path) -> None:
+        """Write the sparse weights packed: values and indices (:mod:`graphprune.sparsity.packed`), one after another.
 
         Raises:
-            VerificationError: It does not.
+            OptionError: The pattern, or a weight's type, cannot be packed.
+            ModelError: The file cannot be written.
+        """
+        from graphprune.sparsity.packed import PackedWeight, PackedWriter
+
+        pattern = self.settings.pattern
+        if not isinstance(pattern, NM):
+            raise OptionError(f"{pattern} cannot be packed, only N:M patterns")
+        chosen = {**self._masked, **self._fitted}
+        tensors = {value: tensor for value in chosen if (tensor := stored_tensor(value)) is not None}
+        weights = [
+            PackedWeight(
+                value.name or "", element_type(tensor), self.sites[value][0].shape, chosen[value], pattern
+            )
+            for value, tensor in tensors.items()
+        ]
+        with self._timed("packing"), PackedWriter(path, weights) as writer:
+            for value, tensor in tensors.items():
+                writer.write(value.name or "", tensor.numpy())
+
+    # -- the proof --------------------------------------------------------------------------------------------------
+
+    def check(self, path: Path | None = None) -> None:
+        """Look at the result: it holds the patterns, and nothing else changed.
+
+        Args:
+            path: Its file, which is read again; None for the model in memory.
+
+        Raises:
+            VerificationError: It does not, or something did.
         """
         from graphprune.model import load
 
-        pattern = self.settings.pattern
         with self._timed("verification"):
-            check_file(
-                load(path),
-                self.model,
-                self._sources,
-                self._masked,
-                self._fitted,
-                pattern,
-            )
+            written = self.model if path is None else load(path)
+            check_file(written, self.model, self._sources, self._masked, self._fitted, self.settings.pattern)
         for weight in self.report.sparse:
-            weight.holds = str(pattern)
+            weight.holds = str(self.settings.pattern)
 
 
 def _mask(array: Array, pattern: Pattern, layout: Layout) -> None:

@@ -73,6 +73,8 @@ def pattern_of(options: argparse.Namespace) -> Pattern | None:
     if options.nm is not None and options.unstructured is not None:
         raise OptionError("--nm and --unstructured exclude each other; give one")
     block = (1, 1) if options.block is None else parse_block(options.block)
+    if options.nm_packed is not None and (options.unstructured is not None or block != (1, 1)):
+        raise OptionError("--nm-packed packs N:M patterns of single weights: give --nm without --block")
     if options.nm is not None:
         return NM.parse(options.nm, block)
     if options.unstructured is not None:

@@ -55,7 +55,9 @@ def run(options: argparse.Namespace) -> int:
             steps("loading")
             source, _ = as_ir(options.model)
             model, calibration = copy(source), _calibration(options, source, steps)
-        sparsifier = None if sparsity is None else _sparsifier(model, sparsity, calibration, steps)
+        sparsifier = None
+        if sparsity is not None:
+            sparsifier = _sparsifier(model, sparsity, calibration, steps, not options.no_verify)
         size = _write(options, target, model, pruning, pruned, sparsifier, steps)
     seconds = {**steps.seconds, "total": perf_counter() - start}
     if pruned is not None:
@@ -100,11 +102,11 @@ def _calibration(options: argparse.Namespace, source: ir.Model, steps: Steps) ->
 
 
 def _sparsifier(
-    model: ir.Model, settings: SparsitySettings, calibration: Calibration | None, steps: Steps
+    model: ir.Model, settings: SparsitySettings, calibration: Calibration | None, steps: Steps, verify: bool
 ) -> Sparsifier:
     from graphprune.sparsity.sparsify import Sparsifier
 
-    sparsifier = Sparsifier(model, settings, calibration, steps)
+    sparsifier = Sparsifier(model, settings, calibration, steps, verify=verify)
     sparsifier.run()
     return sparsifier
 
@@ -195,7 +197,10 @@ def _print(
         if pruned is not None:
             result |= pruned.report.to_dict()
         else:
-            result |= {"bytes_after": size, "seconds": seconds}
+            result |= {
+                "bytes": {"before": size, "after": size},
+                "seconds": seconds,
+            }  # zeros take as much room
         if sparsifier is not None:
             result["sparsity"] = sparsifier.report.to_dict()
         display.print_json(result)
