@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
@@ -97,11 +98,9 @@ def print_sparsity(
         print_weights(report)
 
 
-def _permutation(permutation: Mapping[str, object]) -> str:
-    before, after, bound = (permutation.get(key) for key in ("unpermuted", "permuted", "unstructured"))
-    parts = [
-        f"{name} {value:.1%}"
-        for name, value in (("magnitude kept unpermuted", before), ("permuted", after), ("at best", bound))
-        if isinstance(value, float)
-    ]
-    return ", ".join(parts)
+def _permutation(permutation: Mapping[str, Any]) -> str:
+    kept = permutation["kept"]
+    return (
+        f"magnitude kept {kept['unpermuted']:.1%} as they were, {kept['permuted']:.1%} reordered,"
+        f" {kept['bound']:.1%} without a pattern"
+    )
