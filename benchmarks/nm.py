@@ -317,8 +317,8 @@ def markdown(facts: dict[str, str], entries: dict[str, dict[str, Any]]) -> str:
         if gaussian is not None:
             lines += [
                 f"64 x 128 Gaussian weights, {gaussian['seeds']} seeds: {gaussian['recovered']:.1%} of the gap between"
-                f" the plain mask and the unstructured bound is recovered (least {gaussian['least']:.1%}, target 35 %) in"
-                f" {gaussian['cpu_seconds']:.2f} CPU seconds (target 1).",
+                f" the plain mask and the unstructured bound is recovered (least {gaussian['least']:.1%}, target 35 %)"
+                f" in {gaussian['cpu_seconds']:.2f} CPU seconds (target 1).",
                 "",
             ]
         if rows:
