@@ -28,7 +28,9 @@ Slices: TypeAlias = tuple[slice, slice, slice, slice]
 #: Largest m: wins are counted in bytes, and indices within a group fit five bits.
 LARGEST_M = 32
 #: Elements of a block: their magnitudes, wins and mask lie in a second-level cache together.
-BLOCK = 1 << 16
+BLOCK = 1 << 17
+#: Runs of inner that are worth being rearranged.
+STRIPE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,64 +165,78 @@ def _elements(part: Slices) -> int:
 
 
 class _Tournament:
-    """Decides blocks of groups; its memory is that of the largest.
+    """Decides blocks of one size, whose neighbours lie ``distance`` apart.
 
     Args:
         n, m: The pattern.
-        inner: Distance in memory of neighbours in a group.
-        elements: Size of the largest block.
+        distance: From an element to the next of its group.
+        scores: ``[groups * m * distance]`` where the scores will lie.
     """
 
-    def __init__(self, n: int, m: int, inner: int, elements: int) -> None:
-        self.n, self.m, self.inner = n, m, inner
-        place = (np.arange(elements) // inner % m).astype(np.uint8)
-        self.start = place  # an element has won against all before it, until comparisons say otherwise
-        # Pairs that lie in different groups do not count; one group alone has none.
-        several = elements > m * inner
-        self.valid = [(place < m - d).view(np.uint8) for d in range(1, m)] if several else []
-        self.beats, self.mask = np.empty(elements, np.bool_), np.empty(elements, np.bool_)
-        self.wins = np.empty(elements, np.uint8)
-
-    def play(self, scores: Array) -> Mask:
-        """``[groups * m * inner]`` the mask of contiguous groups; the next call overwrites it."""
+    def __init__(self, n: int, m: int, distance: int, scores: Array) -> None:
         size = len(scores)
-        wins = self.wins[:size]
-        before = self.start
-        for d in range(1, self.m):
-            pairs = size - d * self.inner
-            beats = self.beats[:pairs]
-            np.greater_equal(scores[:pairs], scores[size - pairs :], out=beats)
+        place = (np.arange(size) // distance % m).astype(np.uint8)
+        self.start = place  # an element has won against all before it, until comparisons say otherwise
+        self.wins, self.mask = np.empty(size, np.uint8), np.empty(size, np.bool_)
+        self.least = np.uint8(m - n)
+        beats = np.empty(size, np.bool_)
+        self.rounds: list[tuple[Array, Array, Array, Mask | None, Array, Array]] = []
+        for d in range(1, m):
+            pairs = slice(0, size - d * distance), slice(d * distance, size)
+            # Pairs that lie in different groups do not count; in one group there are none.
+            valid = place[pairs[0]] < m - d if size > m * distance else None
+            first, second = (self.wins[p] for p in pairs)
+            self.rounds.append((scores[pairs[0]], scores[pairs[1]], beats[pairs[0]], valid, first, second))
+
+    def play(self) -> Mask:
+        """The mask of what lies in the scores; the next call overwrites it."""
+        np.copyto(self.wins, self.start)
+        for first, second, beats, valid, first_wins, second_wins in self.rounds:
+            np.greater_equal(first, second, out=beats)
+            if valid is not None:
+                np.bitwise_and(beats, valid, out=beats)
             counted = beats.view(np.uint8)
-            if self.valid:
-                np.bitwise_and(counted, self.valid[d - 1][:pairs], out=counted)
-            np.add(before[:pairs], counted, out=wins[:pairs])
-            if d == 1:
-                wins[pairs:] = before[pairs:size]
-                before = wins
-            np.subtract(wins[size - pairs :], counted, out=wins[size - pairs :])
-        return np.greater_equal(wins, self.m - self.n, out=self.mask[:size])
+            np.add(first_wins, counted, out=first_wins)
+            np.subtract(second_wins, counted, out=second_wins)
+        return np.greater_equal(self.wins, self.least, out=self.mask)
 
 
 class _Tournaments:
-    """Tournaments for blocks of different widths; each thread has its own.
+    """Memory for blocks, and their masks; each thread has its own.
+
+    Where inner is long, a block ``[a, b, m, width]`` lies as ``[m, a, b, width]``: then no comparison is of elements of
+    different groups. Where it is short, rearranging would cost more than those.
 
     Args:
+        n, m: The pattern.
         parts: The blocks that will come.
         dtype: What their ranks or scores are held in.
     """
 
     def __init__(self, n: int, m: int, parts: list[Slices], dtype: npt.DTypeLike) -> None:
         self.n, self.m = n, m
-        self.elements = max(map(_elements, parts))
-        self.scores = np.empty(self.elements, dtype)
-        self._of_width: dict[int, _Tournament] = {}
+        self.buffer = np.empty(max(map(_elements, parts)), dtype)
+        self._games: dict[tuple[int, ...], _Tournament] = {}
+
+    @staticmethod
+    def _arranged(flat: Array, shape: tuple[int, ...]) -> Array:
+        a, b, m, width = shape
+        if width < STRIPE:
+            return flat.reshape(shape)
+        return flat.reshape(m, a, b, width).transpose(1, 2, 0, 3)
+
+    def scores(self, shape: tuple[int, ...]) -> Array:
+        """Where to write the ranks or scores of a block of that shape."""
+        return self._arranged(self.buffer[: prod(shape)], shape)
 
     def mask(self, shape: tuple[int, ...]) -> Mask:
-        """The mask of what lies in ``scores``, whose shape this is; the next call overwrites it."""
-        inner = shape[-1]
-        if inner not in self._of_width:
-            self._of_width[inner] = _Tournament(self.n, self.m, inner, self.elements)
-        return self._of_width[inner].play(self.scores[: prod(shape)]).reshape(shape)
+        """The mask of what lies in :meth:`scores`; the next call overwrites it."""
+        game = self._games.get(shape)
+        if game is None:
+            a, b, _, width = shape
+            distance = width if width < STRIPE else a * b * width
+            game = self._games[shape] = _Tournament(self.n, self.m, distance, self.buffer[: prod(shape)])
+        return self._arranged(game.play(), shape)
 
 
 def _in_threads(work: Callable[[list[Slices]], None], parts: list[Slices], threads: int) -> None:
@@ -270,7 +286,7 @@ def nm_mask(scores: Array, n: int, m: int, *, threads: int = 1, block: int = BLO
         games = _Tournaments(n, m, parts, scores.dtype)
         for part in parts:
             source = read[part]
-            np.copyto(games.scores[: source.size].reshape(source.shape), source)
+            np.copyto(games.scores(source.shape), source)
             write[part] = games.mask(source.shape)
 
     if read.size and n < m:
@@ -316,7 +332,7 @@ def sparsify(
         games = _Tournaments(n, m, parts, np.dtype(f"{form.compared}{array.dtype.itemsize}"))
         for part in parts:
             source = read[part]
-            _ranks_into(source, form, games.scores[: source.size].view(bits.dtype).reshape(source.shape))
+            _ranks_into(source, form, games.scores(source.shape).view(bits.dtype))
             # False is 0 and True is 1: integer arithmetic on bit patterns leaves +0 or the pattern.
             np.multiply(source, games.mask(source.shape), out=write[part])
 
