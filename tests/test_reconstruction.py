@@ -19,13 +19,16 @@ from graphprune.kernels.nm import nm_mask
 from graphprune.kernels.sparsegpt import sparsegpt
 from graphprune.model import copy, to_proto
 from graphprune.sparsity.pattern import NM, Layout
-from graphprune.sparsity.reconstruction import Method, ReconstructionReport, reconstruct
+from graphprune.sparsity.reconstruction import SELECTIONS, Method, ReconstructionReport, reconstruct
 
 from .activations import Array, activations, calibration, outputs, patches
 from .twins import parse
 
 METHODS = [
-    Method(selection, refit) for selection in ("magnitude", "wanda", "sparsegpt") for refit in (False, True)
+    Method(selection, refit)
+    for selection in SELECTIONS
+    for refit in (False, True)
+    if refit or selection != "alps"  # which only chooses
 ]
 
 
@@ -237,7 +240,7 @@ def test_half_precision_stays(method: Method) -> None:
     source = parse(text, w=normal(12, 6).astype(half), b=normal(6).astype(half))
     x = normal(90, 12, seed=4).astype(half)
     net = Sparse(source, {"x": x}, {"w": Layout(1, 12, 6, 6)}, method)
-    if method == Method("sparsegpt"):
+    if method.refit:
         wanted, found = outputs(net.original, {"x": x})[0], outputs(net.model, {"x": x})[0]
         mask = net.mask("w")
         for k in range(6):
@@ -289,7 +292,7 @@ def deep() -> ir.Model:
     return parse(DEEP, **{name: normal(*shape, seed=k) for k, (name, shape) in enumerate(sizes.items())})
 
 
-@pytest.mark.parametrize("selection", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("selection", SELECTIONS)
 def test_a_later_layer_is_fitted_on_what_the_sparse_ones_make(selection: str) -> None:
     x = mixed(300, 12)
     net = Sparse(deep(), {"x": x}, LAYOUTS, Method(selection, damping=0.0))
@@ -314,7 +317,7 @@ def test_a_later_layer_is_fitted_on_what_the_sparse_ones_make(selection: str) ->
 
 def test_what_stays_dense_is_left_alone_unless_it_is_to_be_fitted() -> None:
     feeds = {"x": mixed(300, 12)}
-    for method in (Method(others=False), Method(refit=False)):
+    for method in (Method(others=False), Method("sparsegpt", refit=False)):
         net = Sparse(deep(), feeds, LAYOUTS, method)
         for name in ("w3", "b3"):
             assert np.array_equal(contents(net.ir, name), contents(net.source, name))
@@ -333,7 +336,7 @@ def test_a_fit_costs_less_than_none_and_sparsegpt_less_than_magnitude() -> None:
     for selection in ("magnitude", "wanda", "sparsegpt"):
         assert errors[selection, True] < 0.5 * errors[selection, False]
     assert errors["sparsegpt", False] < errors["magnitude", False]
-    assert errors["sparsegpt", True] < errors["magnitude", True]
+    assert max(errors["alps", True], errors["sparsegpt", True]) < errors["magnitude", True]
 
 
 STREAM = """agraph (float[N,12] x) => (float[N,8] y) {
@@ -470,14 +473,14 @@ def test_the_original_may_be_given() -> None:
     """A network that is no longer what it was is fitted to what it was."""
     source, x = deep(), mixed(300, 12)
     noisy = copy(source)
-    noisy.graph.initializers["w1"].const_value = ir.tensor(normal(12, 16) + 0.1 * normal(12, 16, seed=9))
+    noisy.graph.initializers["w1"].const_value = ir.tensor(normal(12, 16) + normal(12, 16, seed=9))
     wanted = outputs(to_proto(source), {"x": x})[0]
     errors = [
         np.square(outputs(net.model, {"x": x})[0] - wanted).mean()
         for original in (None, source)
         for net in (Sparse(noisy, {"x": x}, LAYOUTS, Method(), original=original),)
     ]
-    assert errors[1] < errors[0]
+    assert errors[1] < 0.5 * errors[0]
     with pytest.raises(ModelError, match="do not have the same nodes"):
         Sparse(deep(), {"x": x}, LAYOUTS, Method(), original=parse(GEMM, w=normal(12, 6), b=normal(6)))
 
@@ -503,5 +506,7 @@ def test_what_is_refused() -> None:
 
 
 def test_no_such_method() -> None:
-    with pytest.raises(OptionError, match="there are magnitude, wanda, sparsegpt"):
+    with pytest.raises(OptionError, match="there are magnitude, wanda, sparsegpt, alps"):
         Method("random")
+    with pytest.raises(OptionError, match="it goes with a refit"):
+        Method("alps", refit=False)

@@ -5,7 +5,7 @@ before it are sparse, and what is left is fitted to what the original made of it
 included.
 
 Sources: Frantar and Alistarh, SparseGPT, ICML 2023; Sun et al., A simple and effective pruning approach for large
-language models, ICLR 2024; Meng et al., ALPS, NeurIPS 2024, section 3.2.
+language models, ICLR 2024; Meng et al., ALPS, NeurIPS 2024, sections 3.1 and 3.2.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from graphprune.calibration import Array, Calibration
 from graphprune.errors import ModelError, OptionError, SparsityError
 from graphprune.graph import Op, Tensor
 from graphprune.graph.twin import build_twin
+from graphprune.kernels.alps import alps_mask
 from graphprune.kernels.box import Mask
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.masked_refit import masked_refit
@@ -38,7 +39,7 @@ from graphprune.sparsity.pattern import NM, Layout
 Ints = npt.NDArray[np.int64]
 
 #: Ways to choose which elements stay.
-SELECTIONS = ("magnitude", "wanda", "sparsegpt")
+SELECTIONS = ("magnitude", "wanda", "sparsegpt", "alps")
 #: Weight of the ridge toward the weights that were, relative to the mean diagonal of the Gram matrix.
 DAMPING = 1e-3
 #: Added to the diagonal of SparseGPT's Hessian, in the same unit: the paper's.
@@ -52,7 +53,8 @@ class Method:
     """How masks are chosen and what becomes of the rest.
 
     Attributes:
-        selection: "magnitude", "wanda" or "sparsegpt".
+        selection: "magnitude"; "wanda" (magnitude times input); "sparsegpt"; "alps" (all groups at once, again and
+            again: the best, a few seconds slower; it chooses only, so it wants a refit).
         refit: Fit what stays, and the biases, to what the original made; the choice then is among the weights that
             would fit best if all stayed.
         others: With ``refit``, also fit contractions that stay dense.
@@ -60,7 +62,7 @@ class Method:
         hessian_damping: Of SparseGPT's Hessian.
     """
 
-    selection: str = "sparsegpt"
+    selection: str = "alps"
     refit: bool = True
     others: bool = True
     damping: float = DAMPING
@@ -71,6 +73,8 @@ class Method:
             raise OptionError(
                 f"there is no way {self.selection!r} to choose weights; there are {', '.join(SELECTIONS)}"
             )
+        if self.selection == "alps" and not self.refit:
+            raise OptionError("alps says only which weights stay: it goes with a refit")
 
     @property
     def needs_inputs(self) -> bool:
@@ -290,6 +294,9 @@ class Reconstruction(FrontToBack):
             matrix, mask = sparsegpt(
                 matrix, hessian, pattern.n, pattern.m, groups=groups, damping=method.hessian_damping
             )
+        elif method.selection == "alps":
+            mask = alps_mask(matrix, gram.moments(centred=intercept).xx, pattern.n, groups)
+            matrix = np.where(mask, matrix, 0.0)
         else:
             scores = np.abs(matrix)
             if method.selection == "wanda":
