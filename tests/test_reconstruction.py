@@ -339,6 +339,22 @@ def test_a_fit_costs_less_than_none_and_sparsegpt_less_than_magnitude() -> None:
     assert max(errors["alps", True], errors["sparsegpt", True]) < errors["magnitude", True]
 
 
+def test_zeros_of_what_stays_dense_stay() -> None:
+    source, holes = (
+        deep(),
+        np.where(np.arange(48).reshape(8, 6) % 3, normal(8, 6, seed=2), 0).astype(np.float32),
+    )
+    source.graph.initializers["w3"].const_value = ir.tensor(holes, name="w3")
+    x = mixed(300, 12)
+    net = Sparse(source, {"x": x}, LAYOUTS, Method(damping=0.0))
+    found, wanted = activations(net.model, {"x": x}), activations(net.original, {"x": x})
+    assert np.array_equal(contents(net.ir, "w3") != 0, holes != 0)
+    for k in range(6):
+        columns = np.c_[found["last"][:, holes[:, k] != 0], np.ones(300)].astype(np.float64)
+        fitted = columns @ scipy.linalg.lstsq(columns, wanted["y"][:, k].astype(np.float64))[0]
+        np.testing.assert_allclose(found["y"][:, k], fitted, rtol=0, atol=2e-3 * abs(wanted["y"]).max())
+
+
 STREAM = """agraph (float[N,12] x) => (float[N,8] y) {
     a = Gemm(x, w1, b1)  s = Gemm(x, w0, b0)  h = Relu(a)  f = Gemm(h, w2, b2)  y = Add(s, f)
 }"""
@@ -416,15 +432,41 @@ def test_a_weight_in_a_subgraph_and_one_behind_it() -> None:
         )
 
 
-def test_functions() -> None:
+def test_functions_are_inlined() -> None:
     text = """agraph (float[N,8] x) => (float[N,8] y) { a = local.f(x, w)  y = MatMul(a, v) }
     <domain: "local", opset_import: ["" : 18]> f (p, q) => (r) { r = MatMul(p, q) }"""
     source = parse(text, w=normal(8, 8), v=normal(8, 8, seed=1))
     layouts = {"w": Layout(1, 8, 8, 8), "v": Layout(1, 8, 8, 8)}
-    net = Sparse(source, {"x": mixed(60, 8)}, layouts, Method())
-    assert set(net.reasons()) == {"w", "v"}
-    for name, layout in layouts.items():
-        by_magnitude(net, name, layout)
+    x = mixed(60, 8)
+    for original in (None, source):
+        net = Sparse(source, {"x": x}, layouts, Method(damping=0.0), original=original)
+        assert not net.report.by_magnitude
+        assert [node.op_type for node in net.model.graph.node] == ["MatMul", "MatMul"]
+        assert len(source.functions) == 1
+        hidden, wanted = (x @ contents(net.ir, "w")).astype(np.float64), outputs(net.original, {"x": x})[0]
+        for k in range(8):
+            columns = hidden[:, net.mask("v")[:, k]]
+            fitted = columns @ scipy.linalg.lstsq(columns, wanted[:, k])[0]
+            np.testing.assert_allclose(
+                hidden @ contents(net.ir, "v")[:, k], fitted, rtol=0, atol=2e-3 * abs(wanted).max()
+            )
+
+
+def test_a_weight_that_is_stored_in_a_function() -> None:
+    text = """agraph (float[N,4] x) => (float[N,2] y) { a = local.f(x)  y = MatMul(a, v) }
+    <domain: "local", opset_import: ["" : 18]> f (p) => (r) {
+        w = Constant<value = float[4,4] {1,2,3,4, 5,6,7,8, 9,1,2,3, 4,5,6,7}>()  r = MatMul(p, w)
+    }"""
+    model = parse(text, v=normal(4, 2))
+    (function,) = model.functions.values()
+    inside = next(iter(function)).outputs[0]
+    weights = {inside: Layout(1, 4, 4, 4), stored(model, "v"): Layout(1, 4, 2, 2)}
+    report = reconstruct(model, weights, NM(2, 4), Method(), calibration({"x": mixed(60, 4)}))
+    assert report.by_magnitude == [(inside, "it is stored in a function")]
+    wanted = np.array([[0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [0, 1, 1, 1]])
+    (kept,) = (node for node in model.graph if node.op_type == "Constant")
+    assert np.array_equal(kept.attributes["value"].as_tensor().numpy() != 0, wanted)
+    assert (report.masks[stored(model, "v")].sum(axis=0) == 2).all()
 
 
 def test_what_is_quantised_and_stays_dense_is_left_alone() -> None:

@@ -32,6 +32,7 @@ from graphprune.kernels.sparsegpt import largest_of_groups, sparsegpt, wanda_sco
 from graphprune.layers.contractions import Contraction, find_contraction
 from graphprune.layers.weights import attributes_now
 from graphprune.model import copy
+from graphprune.model.inlining import inline, inlined
 from graphprune.model.nodes import stored_tensor
 from graphprune.repair.refit import FrontToBack, Layer, Pair
 from graphprune.sparsity.pattern import NM, Layout
@@ -57,7 +58,7 @@ class Method:
             again: the best, a few seconds slower; it chooses only, so it wants a refit).
         refit: Fit what stays, and the biases, to what the original made; the choice then is among the weights that
             would fit best if all stayed.
-        others: With ``refit``, also fit contractions that stay dense.
+        others: With ``refit``, also fit contractions that are to have no pattern; zeros that they hold stay.
         damping: Of the fit.
         hessian_damping: Of SparseGPT's Hessian.
     """
@@ -173,6 +174,7 @@ class Reconstruction(FrontToBack):
         pattern: NM,
         method: Method,
         calibration: Calibration,
+        report: ReconstructionReport,
         *,
         seed: int = 0,
         progress: Callable[[int, int], None] | None = None,
@@ -185,13 +187,14 @@ class Reconstruction(FrontToBack):
             pattern: What they are to hold.
             method: How.
             calibration: Inputs; labels are not needed.
+            report: Is added to.
             seed: For the choice of rows.
             progress: Called with (contractions done, contractions in all).
         """
         super().__init__(pair, calibration, seed=seed, progress=progress)
         self.pattern = pattern
         self.method = method
-        self.report = ReconstructionReport()
+        self.report = report
         self._layouts = weights
         self._targets: dict[Op, _Target] = {}
         self._find_targets()
@@ -255,11 +258,9 @@ class Reconstruction(FrontToBack):
         matrices, biases, masks = [], [], []
         for number, gram in enumerate(layer.grams):
             matrix, bias = layer.matrices[number], layer.biases[number]
-            mask: Mask = np.ones(matrix.shape, dtype=bool)
             if target.groups is None:
-                matrix, shift = refit(
-                    gram, matrix, bias, intercept=layer.intercept, damping=self.method.damping
-                )
+                mask: Mask = matrix != 0  # a zero that is there stays: it may be a pattern's
+                matrix, shift = self._fitted(gram, matrix, bias, mask, layer.intercept)
             else:
                 matrix, shift, mask = self._sparse(gram, matrix, bias, target.groups[number], layer.intercept)
             matrices.append(matrix)
@@ -305,10 +306,18 @@ class Reconstruction(FrontToBack):
             matrix = np.where(mask, matrix, 0.0)
         if not method.refit:
             return matrix, None, mask
-        fitted, shift = masked_refit(
-            gram, matrix, bias, mask, intercept=intercept, damping=method.damping, iterations=ITERATIONS
+        return *self._fitted(gram, matrix, bias, mask, intercept), mask
+
+    def _fitted(
+        self, gram: GramAccumulator, matrix: Array, bias: Array, mask: Mask, intercept: bool
+    ) -> tuple[Array, Array | None]:
+        """Weight and bias of one product, fitted within a mask."""
+        damping = self.method.damping
+        if mask.all():
+            return refit(gram, matrix, bias, intercept=intercept, damping=damping)
+        return masked_refit(
+            gram, matrix, bias, mask, intercept=intercept, damping=damping, iterations=ITERATIONS
         )
-        return fitted, shift, mask
 
     def _store(self, layer: Layer, target: _Target, matrices: Array, masks: Mask) -> bool:
         """Write a weight where it is stored; False if its type cannot hold it."""
@@ -423,7 +432,7 @@ def reconstruct(
     """Give weights of a model an N:M pattern.
 
     Args:
-        model: Changed in place.
+        model: Changed in place; functions are inlined where inputs are needed, which run through it piece by piece.
         weights: Stored weights of the model (initializers, or outputs of Constant nodes) and how each is contracted.
         pattern: What they are to hold; channels at the end that fill no group stay dense.
         method: How elements are chosen, and whether the rest is fitted.
@@ -455,13 +464,21 @@ def reconstruct(
         return report
     if calibration is None:
         raise OptionError(f"{method.selection}{' with a refit' if method.refit else ''} needs inputs")
-    if model.functions:
-        report = ReconstructionReport()
-        for value, layout in weights.items():
-            report.masks[value] = mask_by_magnitude(value, layout, pattern)
-            report.by_magnitude.append((value, "the model calls functions, which are not run in pieces"))
-        return report
     original = copy(model) if original is None else original
+    report = ReconstructionReport()
+    if model.functions:
+        inside = {
+            value
+            for function in model.functions.values()
+            for node in function.all_nodes()
+            for value in node.outputs
+        }
+        for value in [value for value in weights if value in inside]:
+            report.by_magnitude.append((value, "it is stored in a function"))
+            report.masks[value] = mask_by_magnitude(value, weights[value], pattern)
+        weights = {value: layout for value, layout in weights.items() if value not in report.masks}
+        inline(model, {function.identifier() for function in model.functions.values()})
+        original = inlined(original, {function.identifier() for function in original.functions.values()})
     nodes, others = list(model.graph.all_nodes()), list(original.graph.all_nodes())
     if [node.op_type for node in nodes] != [node.op_type for node in others]:
         raise ModelError("the model and its original do not have the same nodes")
@@ -469,6 +486,6 @@ def reconstruct(
     ops = build_twin(model, input_shapes).ops
     node_of = {op: counterpart[op.node] for op in ops if op.node in counterpart}
     pair = Pair(original, model, ops, node_of, _Whole())
-    made = Reconstruction(pair, weights, pattern, method, calibration, seed=seed, progress=progress)
+    made = Reconstruction(pair, weights, pattern, method, calibration, report, seed=seed, progress=progress)
     made.run()
-    return made.report
+    return report
