@@ -123,12 +123,12 @@ def build_engine(
         raise ModelError(f"{target}: cannot be written: {error.strerror}; choose another folder") from error
     try:
         staged = {name: folder / name for name in ("engine", "layers", "timing_cache", "log")}
-        answer = ask_builder(plan, "tensorrt", staged, limit, environment=environment, python=python)
-        text = read_text(staged["log"])
+        answer = ask("build", _question(plan, staged), limit, environment=environment, python=python)
+        text = _text(staged["log"])
         if text:
             _keep(staged["log"], log_path)
         facts = answer.contents or {}
-        check_answer(plan, "TensorRT", answer, text, log_path if text else None)
+        _check(plan, answer, text, log_path if text else None)
         layers, notes = _layers(staged["layers"], answer, facts)
         notes = [*_version_note(plan, facts.get("version")), *facts.get("notes", ()), *notes]
         if plan.timing_cache is not None and staged["timing_cache"].exists():
@@ -150,34 +150,20 @@ def build_engine(
     )
 
 
-def ask_builder(
-    plan: BuildPlan,
-    package: str,
-    staged: Mapping[str, Path],
-    limit: float,
-    *,
-    build: bool = True,
-    inspect: bool = True,
-    environment: Mapping[str, str] | None = None,
-    python: str | None = None,
-) -> Answer:
-    """Let a package with TensorRT's API parse the plan's network, and build it; ``staged`` says where files go."""
-    question = {
-        "package": package,
+def _question(plan: BuildPlan, staged: Mapping[str, Path]) -> dict[str, Any]:
+    return {
+        "package": "tensorrt",
         "plan": json.loads(plan.to_json()),
         "engine": str(staged["engine"]),
         "layers": str(staged["layers"]),
         "timing_cache": str(staged["timing_cache"]) if plan.timing_cache is not None else None,
         "log": str(staged["log"]),
-        "build": build,
-        "inspect": inspect,
+        "inspect": True,
     }
-    return ask("build", question, limit, environment=environment, python=python)
 
 
-def parser_errors(answer: Answer, model: str) -> list[ParserError]:
+def parser_errors(entries: Iterable[Mapping[str, Any]], model: str) -> list[ParserError]:
     """What the parser of a worker objected to; names that the parser does not give are looked up in the file."""
-    entries = (answer.contents or {}).get("parser_errors", [])
     names: Sequence[str] | None = None
     errors = []
     for entry in entries:
@@ -189,6 +175,11 @@ def parser_errors(answer: Answer, model: str) -> list[ParserError]:
     return errors
 
 
+def listed(errors: Sequence[ParserError]) -> str:
+    """The first objection, and how many there are."""
+    return str(errors[0]) + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+
+
 def _node_names(model: str) -> list[str]:
     import onnx
 
@@ -198,41 +189,34 @@ def _node_names(model: str) -> list[str]:
         return []
 
 
-def check_answer(plan: BuildPlan, product: str, answer: Answer, text: str, log_path: Path | None) -> None:
-    """Raise what went wrong; an engine that could only not be inspected is good.
-
-    Raises
-    ------
-    EngineError
-        With the node's name where the parser refuses one, else with the step at which the process stood.
-    """
+def _check(plan: BuildPlan, answer: Answer, text: str, log_path: Path | None) -> None:
+    """Raise what went wrong; an engine that could only not be inspected is good."""
     facts = answer.contents or {}
     step = str(facts.get("step", "import"))
     error = facts.get("error")
     where = f"; the log is {log_path}" if log_path is not None else ""
-    if refused := parser_errors(answer, plan.model):
-        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
-        raise EngineError(f"{plan.model}: {product} does not take {refused[0]}{more}{where}")
+    if refused := parser_errors(facts.get("parser_errors", ()), plan.model):
+        raise EngineError(f"{plan.model}: TensorRT does not take {listed(refused)}{where}")
     if step in {"inspect", "done"}:
         return
     if step == "import" and str(error).startswith("ModuleNotFoundError"):
         raise EngineError(
-            f"{product}'s Python package is not installed; install it, or run the script on a machine that has it"
+            "TensorRT's Python package is not installed; install it, or run the plan's script on a machine that has it"
         )
     doing = _DOING.get(step, step)
     if answer.failure is not None:
-        raise EngineError(f"{plan.model}: {product} {answer.failure}, {doing}{where}")
+        raise EngineError(f"{plan.model}: TensorRT {answer.failure}, {doing}{where}")
     logged = parse_log(text).errors
     last = f" ({logged[-1]})" if logged else ""
     why = error or "the process ended of itself"
-    raise EngineError(f"{plan.model}: {product} fails {doing}: {why}{last}{where}")
+    raise EngineError(f"{plan.model}: TensorRT fails {doing}: {why}{last}{where}")
 
 
 def _layers(path: Path, answer: Answer, facts: Mapping[str, Any]) -> tuple[EngineLayers | None, list[str]]:
     """The engine's layers, or why there are none."""
     if facts.get("step") == "done" and path.exists():
         try:
-            return parse_layers(read_text(path)), []
+            return parse_layers(_text(path)), []
         except ModelError as error:
             return None, [str(error)]
     reason = answer.failure or facts.get("error") or "the process ended early"
@@ -246,8 +230,7 @@ def _version_note(plan: BuildPlan, version: str | None) -> list[str]:
     return []
 
 
-def read_text(path: Path) -> str:
-    """A file's contents as far as they can be read; nothing where there is no file."""
+def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 

@@ -12,14 +12,16 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from graphprune.errors import EngineError, GraphPruneError
-from graphprune.tensorrt.build import ParserError, ask_builder, check_answer, parser_errors, read_text
-from graphprune.tensorrt.plan import BuildPlan, Precision
+from graphprune.errors import EngineError
+from graphprune.tensorrt.build import ParserError, listed, parser_errors
+from graphprune.tensorrt.foreign import Answer, ask
 from graphprune.tensorrt.profiles import Profile
 
-#: Seconds.
+#: Seconds, for all networks of one call.
 LIMIT = 600.0
+_PACKAGE = "tensorrt_rtx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Conformance:
         reason: Why it is not taken, in one sentence; None where it is.
         version: Of TensorRT-RTX.
         size: Bytes of the engine.
-        seconds: Time of the whole check.
+        seconds: Time of parsing and building.
     """
 
     parses: bool
@@ -44,64 +46,114 @@ class Conformance:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A network's file, external data beside it, and shapes for its dynamic inputs."""
+
+    model: str | os.PathLike[str]
+    shapes: Sequence[Profile] = ()
+
+
 def check_network(
     model: str | os.PathLike[str],
     *,
     shapes: Sequence[Profile] = (),
+    build: bool = True,
     limit: float = LIMIT,
     environment: Mapping[str, str] | None = None,
     python: str | None = None,
 ) -> Conformance:
-    """Let TensorRT-RTX parse and build a network's file. Nothing is written.
+    """Let TensorRT-RTX parse and build one network: see :func:`check_networks`."""
+    (result,) = check_networks(
+        [Candidate(model, shapes)], build=build, limit=limit, environment=environment, python=python
+    )
+    return result
+
+
+def check_networks(
+    candidates: Sequence[Candidate],
+    *,
+    build: bool = True,
+    limit: float = LIMIT,
+    environment: Mapping[str, str] | None = None,
+    python: str | None = None,
+) -> list[Conformance]:
+    """Let TensorRT-RTX parse and build networks, one after another in one process. Nothing is written.
 
     Parameters
     ----------
-    model : path
-        An ONNX file; external data beside it.
-    shapes : sequence of Profile
-        For inputs with dynamic shapes.
+    candidates : sequence of Candidate
+        The files.
+    build : bool
+        Build them too; parsing alone takes some milliseconds each, building from a third of a second.
     limit : float
-        Seconds after which the check is stopped.
+        Seconds for a process. A network at which the process crashes or is stopped is not taken, and a new process
+        goes on after it.
     environment, python : optional
         See :func:`graphprune.tensorrt.foreign.ask`.
+
+    Returns
+    -------
+    list of Conformance
+        One for each candidate.
 
     Raises
     ------
     EngineError
         If TensorRT-RTX is not installed, or does not start.
     """
-    path = os.fspath(model)
-    with tempfile.TemporaryDirectory(prefix="graphprune-", ignore_cleanup_errors=True) as folder:
-        staged = {name: Path(folder) / name for name in ("engine", "layers", "timing_cache", "log")}
-        plan = BuildPlan(
-            model=path,
-            engine=str(staged["engine"]),
-            major=11,
-            precision=Precision(()),
-            profiles=tuple(shapes),
-        )
-        answer = ask_builder(
-            plan, "tensorrt_rtx", staged, limit, inspect=False, environment=environment, python=python
-        )
-        size = staged["engine"].stat().st_size if staged["engine"].exists() else 0
+    results: list[Conformance] = []
+    while len(results) < len(candidates):
+        rest = candidates[len(results) :]
+        with tempfile.TemporaryDirectory(prefix="graphprune-", ignore_cleanup_errors=True) as folder:
+            question = {
+                "package": _PACKAGE,
+                "networks": [
+                    {
+                        "model": os.path.abspath(entry.model),  # noqa: PTH100 - links are kept as they are
+                        "profiles": [profile.to_dict() for profile in entry.shapes],
+                    }
+                    for entry in rest
+                ],
+                "build": build,
+                "log": str(Path(folder) / "log"),
+            }
+            answer = ask("build", question, limit, environment=environment, python=python)
         facts = answer.contents or {}
-        reason = None
-        try:
-            check_answer(plan, "TensorRT-RTX", answer, read_text(staged["log"]), None)
-        except GraphPruneError as error:
-            if facts.get("step", "import") == "import":
-                missing = str(facts.get("error")).startswith("ModuleNotFoundError")
-                raise EngineError(
-                    "TensorRT-RTX is not installed; install graphprune[rtx]" if missing else str(error)
-                ) from error
-            reason = str(error)
-    step = facts.get("step")
+        begun = facts.get("results", [])
+        if not begun:
+            raise EngineError(_why_not_started(answer, facts))
+        for index, entry in enumerate(begun):
+            results.append(_conformance(rest[index], entry, answer, facts.get("version"), build))
+    return results
+
+
+def _why_not_started(answer: Answer, facts: Mapping[str, Any]) -> str:
+    error = str(facts.get("error"))
+    if error.startswith("ModuleNotFoundError"):
+        return "TensorRT-RTX is not installed; install graphprune[rtx]"
+    return f"TensorRT-RTX does not start: {answer.failure or facts.get('error') or 'the process ended of itself'}"
+
+
+def _conformance(
+    candidate: Candidate, entry: Mapping[str, Any], answer: Answer, version: str | None, build: bool
+) -> Conformance:
+    errors = tuple(parser_errors(entry["parser_errors"], os.fspath(candidate.model)))
+    finished = "seconds" in entry
+    reason = None
+    if errors:
+        reason = f"TensorRT-RTX does not take {listed(errors)}"
+    elif not finished:
+        doing = "parsing" if entry["step"] == "parse" else "building"
+        reason = f"TensorRT-RTX {answer.failure or 'ended of itself'}, {doing} it"
+    elif entry["error"] is not None:
+        reason = f"TensorRT-RTX does not build it: {entry['error']}"
     return Conformance(
-        parses=step in {"build", "inspect", "done"},
-        builds=step in {"inspect", "done"} and size > 0,
-        errors=tuple(parser_errors(answer, path)),
+        parses=entry["step"] in {"build", "done"},
+        builds=build and entry["step"] == "done",
+        errors=errors,
         reason=reason,
-        version=facts.get("version"),
-        size=size,
-        seconds=answer.seconds,
+        version=version,
+        size=int(entry["size"]),
+        seconds=float(entry.get("seconds", answer.seconds)),
     )

@@ -7,7 +7,11 @@ and v11.1.
 Question: {"package", "plan" (as BuildPlan.to_json writes it), "engine", "layers", "timing_cache", "log" (files to
 write), "build", "inspect" (booleans)}.
 Answer: {"step": "import" | "parse" | "build" | "inspect" | "done", "error", "parser_errors": [{"index", "node",
-"operator", "text"}], "version", "flags", "notes", "parsed", "seconds"}.
+"operator", "text"}], "version", "flags", "notes", "seconds"}.
+
+Or, to see whether networks are taken: {"package", "networks": [{"model", "profiles"}], "build", "log"}.
+Answer: {"step", "error", "version", "results": [{"step", "error", "parser_errors", "size", "seconds"}]}, one result for
+each network that was begun.
 """
 
 from __future__ import annotations
@@ -33,11 +37,14 @@ def make_logger(package: Any, path: str) -> Any:
     class Log(package.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             package.ILogger.__init__(self)
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             letter = {"VERBOSE": "V", "INFO": "I", "WARNING": "W", "ERROR": "E"}.get(str(severity.name), "F")
             stream.write(f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [TRT] [{letter}] {message}\n")
             stream.flush()
+            if letter in "EF":
+                self.errors.append(" ".join(str(message).split()))
 
     return Log()
 
@@ -173,10 +180,6 @@ def work(question: dict[str, Any], say: Any) -> None:
     if errors:
         say(parser_errors=errors)
         return
-    say(parsed=time.monotonic() - start)
-    if not question["build"]:
-        say(step="done")
-        return
     typed = "STRONGLY_TYPED" in network_flags or not hasattr(package.BuilderFlag, "FP16")
     config, builder_flags, notes = configure(package, builder, network, question, typed)
     say(step="build", flags=[*network_flags, *builder_flags], notes=notes)
@@ -195,6 +198,44 @@ def work(question: dict[str, Any], say: Any) -> None:
     say(step="done")
 
 
+def check_all(question: dict[str, Any], say: Any) -> None:
+    """Parse each network, and build it; nothing is kept."""
+    package = importlib.import_module(question["package"])
+    logger = make_logger(package, question["log"])
+    results: list[dict[str, Any]] = []
+    say(step="parse", version=str(getattr(package, "__version__", "")) or None, results=results)
+    builder = package.Builder(logger)
+    for entry in question["networks"]:
+        start = time.monotonic()
+        result: dict[str, Any] = {"step": "parse", "error": None, "parser_errors": [], "size": 0}
+        results.append(result)
+        say()
+        try:
+            network, _ = make_network(package, builder)
+            result["parser_errors"] = parse(package, network, logger, entry["model"])
+            if not result["parser_errors"] and question["build"]:
+                result["step"] = "build"
+                say()
+                config = builder.create_builder_config()
+                add_profiles(builder, network, config, entry["profiles"])
+                serialized = builder.build_serialized_network(network, config)
+                if serialized is None:
+                    raise Refusal("the compiler builds nothing of it")
+                result["size"] = int(serialized.nbytes if hasattr(serialized, "nbytes") else len(serialized))
+            if not result["parser_errors"]:
+                result["step"] = "done"
+        except Refusal as refusal:
+            result["error"] = str(refusal)
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        if result["error"] is not None and logger.errors:
+            result["error"] += f" ({logger.errors[-1]})"
+        logger.errors.clear()
+        result["seconds"] = time.monotonic() - start
+        say()
+    say(step="done")
+
+
 def main(question: str, answer: str) -> None:
     with open(question) as file:  # noqa: PTH123
         asked = json.load(file)
@@ -208,7 +249,7 @@ def main(question: str, answer: str) -> None:
 
     say()
     try:
-        work(asked, say)
+        (check_all if "networks" in asked else work)(asked, say)
     except Refusal as refusal:
         say(error=str(refusal))
     except BaseException as error:
