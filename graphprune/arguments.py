@@ -25,6 +25,8 @@ examples:
   graphprune masked.onnx --dead                           make a masked network small, exactly
   graphprune model.onnx --nm 2:4                          two of every four weights zero, as GPUs like it
   graphprune model.onnx --channels 0.3 --nm 2:4 --calib inputs.npz
+  graphprune model.onnx --channels 0.3 --nm 2:4 --tensorrt model.plan
+  graphprune engine model.onnx                            plan, script, and an engine where TensorRT is installed
   graphprune inspect model.onnx                           the coupling groups, and why some are frozen
   graphprune inspect model.onnx --require 2:4             exit with 1 unless the weights hold it
   graphprune inspect model.onnx --why conv1.weight conv2.weight
@@ -47,8 +49,9 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     Raises:
         SystemExit: With code 2 for what cannot be parsed, said in one line on stderr; with 0 for ``--help``.
     """
-    verb = given[0] if given and given[0] in ("inspect", "prune") else None
-    parser = _inspect_parser() if verb == "inspect" else _prune_parser()
+    parsers = {"inspect": _inspect_parser, "engine": _engine_parser, "prune": _prune_parser}
+    verb = given[0] if given and given[0] in parsers else None
+    parser = parsers[verb or "prune"]()
     options = parser.parse_args(given[1:] if verb else given)
     options.verb = verb or "prune"
     return options
@@ -76,7 +79,8 @@ def _prune_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="graphprune",
         usage="graphprune MODEL (--channels RATIO | --macs FRACTION | --nm N:M | ...) [options]\n"
-        "       graphprune inspect MODEL [options]",
+        "       graphprune inspect MODEL [options]\n"
+        "       graphprune engine MODEL [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -150,6 +154,13 @@ def _prune_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, metavar="FILE", help="default: MODEL.pruned.onnx beside MODEL"
     )
     out.add_argument("--plan-out", type=Path, metavar="FILE", help="also write the plan, as JSON")
+    out.add_argument(
+        "--tensorrt",
+        type=Path,
+        metavar="FILE",
+        help="then hand the model to TensorRT: plan and script for it, and this engine where TensorRT is installed",
+    )
+    _engine_arguments(parser)
     check = parser.add_argument_group("verification")
     check.add_argument("--no-verify", action="store_true", help="do not compare with the masked original")
     check.add_argument(
@@ -295,6 +306,44 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also measure each group's curve of error against size, print it and save it as JSON",
     )
+
+
+def _engine_arguments(parser: argparse.ArgumentParser) -> None:
+    engine = parser.add_argument_group("TensorRT")
+    engine.add_argument(
+        "--trt-version",
+        type=int,
+        metavar="N",
+        help="major version to plan for: 8, 10 or 11 (default: the installed one, else 11)",
+    )
+    engine.add_argument(
+        "--shapes",
+        action="append",
+        default=[],
+        metavar="NAME:MIN,OPT,MAX",
+        help="sizes of a dynamic input, such as image:1x3x224x224,8x3x224x224,32x3x224x224; may be repeated",
+    )
+    engine.add_argument("--no-sparsity", action="store_true", help="do not let TensorRT use sparse kernels")
+    engine.add_argument("--workspace", type=int, metavar="MIB", help="memory that kernels may use")
+    engine.add_argument("--timing-cache", type=Path, metavar="FILE", help="default: ENGINE.timing")
+    engine.add_argument(
+        "--require-engine", action="store_true", help="exit with 1 where no engine can be built"
+    )
+
+
+def _engine_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="graphprune engine",
+        description="Hand a model to TensorRT: write a build plan and a script for trtexec, build an engine where"
+        " TensorRT is installed, and say whether its sparse kernels were used.",
+        allow_abbrev=False,
+    )
+    _common(parser)
+    parser.add_argument(
+        "--engine", type=Path, metavar="FILE", help="the engine to write (default: MODEL.plan beside MODEL)"
+    )
+    _engine_arguments(parser)
+    return parser
 
 
 def _inspect_parser() -> argparse.ArgumentParser:

@@ -3,21 +3,23 @@
     graphprune model.onnx --channels 0.3        prune, verify, write model.pruned.onnx
     graphprune inspect model.onnx               list the coupling groups
     graphprune inspect model.onnx --why A B     the chain of operations that ties two tensors
+    graphprune engine model.onnx                hand it to TensorRT
 
 Everything heavy is imported by the verbs themselves, so that ``--help`` and a mistyped option answer at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from graphprune.arguments import parse
-from graphprune.errors import BudgetError, GraphPruneError, SparsityError, VerificationError
+from graphprune.errors import BudgetError, EngineError, GraphPruneError, SparsityError, VerificationError
 
 #: Exit codes. An interrupted command ends with 128 + the signal's number, as shells have it.
 OK, FAILED, BAD_INPUT, BUG = 0, 1, 2, 70
@@ -36,17 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse(given)
         with _terminable(), _plain_warnings(options.quiet):
-            if options.verb == "inspect":
-                from graphprune.verbs.inspect import run
-            else:
-                from graphprune.verbs.prune import run
-            code = run(options)
+            code = _verb(options.verb)(options)
             sys.stdout.flush()
             return code
     except GraphPruneError as error:
         return _fail(
             str(error),
-            FAILED if isinstance(error, VerificationError | BudgetError | SparsityError) else BAD_INPUT,
+            FAILED
+            if isinstance(error, VerificationError | BudgetError | SparsityError | EngineError)
+            else BAD_INPUT,
         )
     except BrokenPipeError:
         # Whoever read us has seen enough. The interpreter would complain once more when it closes stdout.
@@ -64,6 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         traceback.print_exc()
         return _fail(f"internal error, please report it with the lines above: {error!r}", BUG)
+
+
+def _verb(name: str) -> Callable[[argparse.Namespace], int]:
+    """What carries out a verb; the others are not imported."""
+    if name == "inspect":
+        from graphprune.verbs.inspect import run
+    elif name == "engine":
+        from graphprune.verbs.engine import run
+    else:
+        from graphprune.verbs.prune import run
+    return run
 
 
 def _fail(message: str, code: int) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import GraphPruneError, ModelError, PlanError
 from graphprune.verbs import options as meaning
+from graphprune.verbs.engine import engine_settings, hand_over_file
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from graphprune.network import Pruned
     from graphprune.pruning import Pruning
     from graphprune.sparsity.sparsify import Sparsifier, SparsitySettings
+    from graphprune.tensorrt.handover import EngineReport
 
 
 def run(options: argparse.Namespace) -> int:
@@ -43,6 +45,7 @@ def run(options: argparse.Namespace) -> int:
         from graphprune.model import as_ir, copy
 
         sparsity = meaning.sparsity(options)
+        engine = None if options.tensorrt is None else engine_settings(options, options.tensorrt)
         if meaning.cuts(options):
             from graphprune.pruning import finish
 
@@ -59,11 +62,12 @@ def run(options: argparse.Namespace) -> int:
         if sparsity is not None:
             sparsifier = _sparsifier(model, sparsity, calibration, steps, not options.no_verify)
         size = _write(options, target, model, pruning, pruned, sparsifier, steps)
+        report = None if engine is None else hand_over_file(target, engine, steps)
     seconds = {**steps.seconds, "total": perf_counter() - start}
     if pruned is not None:
         pruned.report.bytes_after = size
         pruned.report.seconds = seconds
-    _print(options, target, size, pruning, pruned, sparsifier, seconds)
+    _print(options, target, size, pruning, pruned, sparsifier, report, seconds)
     return 0
 
 
@@ -181,6 +185,7 @@ def _print(
     pruning: Pruning | None,
     pruned: Pruned | None,
     sparsifier: Sparsifier | None,
+    engine: EngineReport | None,
     seconds: dict[str, float],
 ) -> None:
     from graphprune import __version__, display
@@ -203,6 +208,8 @@ def _print(
             }  # zeros take as much room
         if sparsifier is not None:
             result["sparsity"] = sparsifier.report.to_dict()
+        if engine is not None:
+            result["engine"] = engine.to_dict()
         display.print_json(result)
         return
     if options.quiet:
@@ -220,5 +227,9 @@ def _print(
             verified=verified,
             weights=options.verbose > 0,
         )
+    if engine is not None:
+        from graphprune.tensorrt.tables import print_engine
+
+        print_engine(engine)
     if pruning is not None and options.sensitivity is not None:
         display.print_curves(pruning.selection.curves, pruning.network.groups)

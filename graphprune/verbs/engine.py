@@ -1,0 +1,83 @@
+"""``graphprune engine``: hand a network to TensorRT as it is."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from graphprune.errors import OptionError
+from graphprune.verbs.options import same_file
+
+if TYPE_CHECKING:
+    from graphprune.display import Steps
+    from graphprune.tensorrt.handover import EngineReport, EngineSettings
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write plan and script, build where TensorRT is, print the verdict.
+
+    Raises:
+        GraphPruneError: See :func:`graphprune.tensorrt.handover.hand_over`.
+    """
+    from graphprune import display
+
+    start = perf_counter()
+    source = Path(options.model)
+    settings = engine_settings(options, options.engine or source.with_suffix(".plan"))
+    with display.Steps(quiet=options.quiet) as steps:
+        report = hand_over_file(source, settings, steps)
+    if options.json:
+        from graphprune import __version__
+
+        display.print_json(
+            {
+                "graphprune": __version__,
+                "input": str(source),
+                "engine": report.to_dict(),
+                "seconds": {**steps.seconds, "total": perf_counter() - start},
+            }
+        )
+    elif not options.quiet:
+        from graphprune.tensorrt.tables import print_engine
+
+        print_engine(report)
+    return 0
+
+
+def engine_settings(options: argparse.Namespace, engine: Path) -> EngineSettings:
+    """What the options say of an engine.
+
+    Raises:
+        OptionError: A shape is none, or the engine would overwrite the network.
+    """
+    from graphprune.model import load
+    from graphprune.tensorrt.handover import EngineSettings
+    from graphprune.tensorrt.profiles import check_profiles, network_inputs, parse_profile
+
+    if engine.is_dir():
+        raise OptionError(f"the engine {str(engine)!r} is a folder; give the name of the file to write")
+    if not engine.parent.is_dir():
+        raise OptionError(f"the folder {str(engine.parent)!r} for the engine does not exist; create it first")
+    if same_file(engine, Path(options.model)):
+        raise OptionError(f"the engine {str(engine)!r} is the input itself, which is never changed")
+    shapes = tuple(parse_profile(text) for text in options.shapes)
+    check_profiles(network_inputs(load(options.model)), shapes)  # now rather than after the work
+    return EngineSettings(
+        engine,
+        options.trt_version,
+        not options.no_sparsity,
+        shapes,
+        options.workspace,
+        options.timing_cache,
+        options.require_engine,
+    )
+
+
+def hand_over_file(path: Path, settings: EngineSettings, steps: Steps) -> EngineReport:
+    """Hand a file over, saying how far it is."""
+    steps("imports")
+    from graphprune.tensorrt.handover import hand_over
+
+    return hand_over(path, settings, step=steps)
