@@ -5,6 +5,7 @@ TensorRT-RTX needs no GPU for this. It tells that ops, types and shapes fit, not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.util
 import warnings
@@ -14,12 +15,15 @@ from types import ModuleType
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
 import graphprune
 from graphprune.errors import EngineError
-from graphprune.tensorrt.profiles import Profile
+from graphprune.tensorrt.build import build_engine
+from graphprune.tensorrt.plan import make_plan
+from graphprune.tensorrt.profiles import Profile, parse_profile
 from graphprune.tensorrt.rtx import Candidate, Conformance, check_network, check_networks
 
 from .patterns import FAMILIES, Built, Pattern
@@ -193,6 +197,36 @@ def test_dynamic_inputs_need_shapes(tmp_path: Path) -> None:
     assert "no optimization profile" in (without.reason or "")
     given = check_network(path, shapes=[Profile("x", (1, 4), (2, 4), (8, 4))])
     assert (given.parses, given.builds, given.reason) == (True, True, None)
+
+
+@needs_rtx
+def test_plans_are_built_by_nvidias_own_api(tmp_path: Path) -> None:
+    """The worker that drives TensorRT drives TensorRT-RTX, whose API is that of TensorRT 11: profile, cache, flags."""
+    weight = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float16)
+    weight[1::2] = 0
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"], name="fc")],
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT16, ("n", 64))],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT16, ("n", 64))],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path / "net.onnx"
+    onnx.save(onnx.helper.make_model(graph, ir_version=10), path)
+    plan = make_plan(
+        ir.load(path), path, tmp_path / "net.plan", shapes=[parse_profile("x:1x64,8x64,32x64")], workspace=256
+    )
+    for _ in range(2):
+        built = build_engine(plan, package="tensorrt_rtx")
+        assert built.flags == ("STRONGLY_TYPED", "SPARSE_WEIGHTS")
+        assert built.engine.stat().st_size > weight.nbytes
+        assert plan.timing_cache is not None
+        assert Path(plan.timing_cache).exists()
+        # without a device there is nothing to inspect with, which is said
+        assert built.layers is not None or "could not be inspected" in built.notes[-1]
+    refused = dataclasses.replace(plan, profiles=())
+    with pytest.raises(EngineError, match="no optimization profile"):
+        build_engine(refused, package="tensorrt_rtx")
 
 
 # without it

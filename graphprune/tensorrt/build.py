@@ -89,10 +89,11 @@ def build_engine(
     *,
     limit: float = LIMIT,
     known: Iterable[str] = (),
+    package: str = "tensorrt",
     environment: Mapping[str, str] | None = None,
     python: str | None = None,
 ) -> Built:
-    """Build the plan's engine with the package ``tensorrt``.
+    """Build the plan's engine with TensorRT's Python API.
 
     The engine, its layers and the timing cache appear whole or not at all; the log is kept in any case, under the
     engine's name with ".log".
@@ -105,6 +106,8 @@ def build_engine(
         Seconds after which the build is stopped.
     known : iterable of str
         Names of the network's nodes, see :func:`graphprune.tensorrt.log.parse_log`.
+    package : {"tensorrt", "tensorrt_rtx"}
+        The package with that API.
     environment, python : optional
         See :func:`graphprune.tensorrt.foreign.ask`.
 
@@ -123,14 +126,15 @@ def build_engine(
         raise ModelError(f"{target}: cannot be written: {error.strerror}; choose another folder") from error
     try:
         staged = {name: folder / name for name in ("engine", "layers", "timing_cache", "log")}
-        answer = ask("build", _question(plan, staged), limit, environment=environment, python=python)
+        answer = ask("build", _question(plan, package, staged), limit, environment=environment, python=python)
         text = _text(staged["log"])
         if text:
             _keep(staged["log"], log_path)
         facts = answer.contents or {}
         _check(plan, answer, text, log_path if text else None)
         layers, notes = _layers(staged["layers"], answer, facts)
-        notes = [*_version_note(plan, facts.get("version")), *facts.get("notes", ()), *notes]
+        planned = _version_note(plan, facts.get("version")) if package == "tensorrt" else []
+        notes = [*planned, *facts.get("notes", ()), *notes]
         if plan.timing_cache is not None and staged["timing_cache"].exists():
             _keep(staged["timing_cache"], Path(plan.timing_cache))
         if plan.layers is not None and layers is not None:
@@ -150,9 +154,9 @@ def build_engine(
     )
 
 
-def _question(plan: BuildPlan, staged: Mapping[str, Path]) -> dict[str, Any]:
+def _question(plan: BuildPlan, package: str, staged: Mapping[str, Path]) -> dict[str, Any]:
     return {
-        "package": "tensorrt",
+        "package": package,
         "plan": json.loads(plan.to_json()),
         "engine": str(staged["engine"]),
         "layers": str(staged["layers"]),
