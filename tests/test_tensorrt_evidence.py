@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphprune.errors import ModelError
+from graphprune.sparsity.report import WeightReport
 from graphprune.tensorrt.inspector import is_sparse_tactic, parse_layers
 from graphprune.tensorrt.log import Mention, Pair, parse_log
 from graphprune.tensorrt.verdict import Verdict, judge
@@ -333,10 +334,20 @@ def test_none_found_and_why(weights: list[Weight] | None, said: str) -> None:
     assert said in judgement.reason
 
 
-def test_a_file_without_the_pattern_needs_no_build() -> None:
-    assert judge([Weight("w", "n", holds=None)]).verdict is Verdict.NOT_ELIGIBLE
-    assert judge([Weight("w", "n", holds="3:4")]).verdict is Verdict.NOT_ELIGIBLE
-    assert judge([Weight("w", "n", holds="1:4")]).verdict is Verdict.UNKNOWN
+@pytest.mark.parametrize("holds", [None, "dense", "3:4", "4:8", "2:8", "2:2", "12:4", ""])
+def test_a_file_without_the_pattern_needs_no_build(holds: str | None) -> None:
+    assert judge([Weight("w", "n", holds=holds)]).verdict is Verdict.NOT_ELIGIBLE
+
+
+@pytest.mark.parametrize("holds", ["0:4", "1:4", "2:4", "1:2"])
+def test_a_file_with_the_pattern_needs_one(holds: str) -> None:
+    assert judge([Weight("w", "n", holds=holds)]).verdict is Verdict.UNKNOWN
+
+
+def test_the_report_of_a_sparse_file_is_evidence() -> None:
+    weight = WeightReport("w", "n", "MatMul", (4, 4), "FLOAT16", None, True, None, holds="2:4")
+    judgement = judge([weight], parse_log(LOG.format(1, "n", 1)))
+    assert (judgement.verdict, judgement.holding) == (Verdict.SPARSE_USED, ("w",))
 
 
 def test_kernels_alone() -> None:

@@ -18,8 +18,8 @@ from graphprune.tensorrt.log import Mention, SparsityLog
 
 #: Layers named in a sentence; all are in the lists.
 _NAMED = 3
-#: Patterns that are 2:4, or stricter.
-_SPARSE_ENOUGH = re.compile(r"[12]:4")
+#: Patterns of which 2:4 follows: it itself, fewer of four, one of every two.
+_SPARSE_ENOUGH = re.compile(r"[012]:4|[01]:2")
 
 
 class Verdict(enum.Enum):
