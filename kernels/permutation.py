@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ Progress = Callable[[float], None]
 TABLE_WORK = 1 << 26
 #: No block is narrower than this many stripes.
 LEAST_STRIPES = 8
+#: Of taller matrices swaps are first looked for on so many rows, drawn anew for each block, and made if they gain on all
+#: rows; where fewer than a fraction of them do, on four times as many.
+SAMPLED_ROWS = 256
+LEAST_GAINING = 0.25
 #: Part of the time after which nothing is disturbed any more, and what is left is greedy.
 COOLING = 0.9
 #: Temperature of the annealing at its begin and its end, in units of the mean loss of a random swap.
@@ -75,6 +79,22 @@ def kept_by_stripe(columns: Matrix, n: int) -> npt.NDArray[np.float64]:
     return kept
 
 
+def kept_of(columns: Matrix, stripes: Order, n: int) -> npt.NDArray[np.float64]:
+    """What stripes keep; a few at a time, so that little is copied.
+
+    Args:
+        columns: Magnitudes, float32 ``[columns, rows]``.
+        stripes: The columns of each stripe, int64 ``[stripes, m]``.
+        n: How many stay.
+
+    Returns:
+        float64 ``[stripes]``.
+    """
+    step = max(1, (1 << 18) // max(stripes.shape[1] * columns.shape[1], 1))
+    parts = [kept_by_stripe(columns[stripes[at : at + step]], n) for at in range(0, len(stripes), step)]
+    return np.concatenate([np.zeros(0), *parts])
+
+
 @dataclass
 class _Limit:
     """When a search ends: by the clock, by the number of rounds, or by whichever comes first."""
@@ -103,16 +123,26 @@ class _Block:
     swapping the columns x, y of the slots a, b gains ``table[a, y] + table[b, x] - table[a, x] - table[b, y]``.
     """
 
-    def __init__(self, columns: Matrix, n: int, m: int) -> None:
-        self._columns = columns
+    def __init__(self, columns: Matrix, n: int, m: int, rows: Order | None = None) -> None:
+        """Price all swaps.
+
+        Args:
+            columns: Magnitudes, float32 ``[columns, rows]``.
+            n, m: The pattern.
+            rows: Those that the table is made of; each swap is then also tried on all rows before it is made.
+        """
+        self._columns = columns if rows is None else np.ascontiguousarray(columns[:, rows])
+        self._all = None if rows is None else columns
         self._n, self._m = n, m
         self.order: Order = np.arange(len(columns))
-        self._ones = np.ones(columns.shape[1], dtype=np.float32)
+        #: Swaps that the table proposed, and those of them that gained on all rows.
+        self.proposed = self.made = 0
+        self._ones = np.ones(self._columns.shape[1], dtype=np.float32)
         self._table = np.empty((len(columns), len(columns)), dtype=np.float32)
         self._stripe = self.order // m
         same = self._stripe[:, None] == self._stripe
         self._barred = np.where(same, np.float32(-np.inf), np.float32(0))
-        self._step = max(1, (1 << 18) // columns.size)
+        self._step = max(1, (1 << 18) // self._columns.size)
         self._price(np.arange(len(columns) // m))
 
     def _price(self, stripes: Order) -> None:
@@ -142,7 +172,15 @@ class _Block:
         """Swap the columns of pairs of slots, of which no two lie in one stripe."""
         a, b = np.asarray(pairs, dtype=np.int64).T
         self.order[a], self.order[b] = self.order[b], self.order[a]
-        self._price(np.concatenate([self._stripe[a], self._stripe[b]]))
+        stripes = np.concatenate([self._stripe[a], self._stripe[b]])
+        self._price(stripes)
+        if self._all is not None:  # what was refused may gain now
+            slots = (stripes[:, None] * self._m + np.arange(self._m)).ravel()
+            self._barred[slots] = 0
+            self._barred[:, slots] = 0
+            for stripe in stripes.tolist():
+                here = slice(stripe * self._m, (stripe + 1) * self._m)
+                self._barred[here, here] = -np.inf
 
     def best(self, scores: Matrix, above: float, most: int) -> list[tuple[int, int]]:
         """At most ``most`` of the pairs of slots that score highest, each stripe in one pair at most."""
@@ -161,15 +199,32 @@ class _Block:
 
     def improve(self, over: Callable[[], bool]) -> int:
         """Swap while that gains, the best swaps first; returns the number of swaps."""
-        made = 0
         least = max(float(self._table.diagonal().sum()), 1e-30) * ROUNDING
         while not over():
             pairs = self.best(self.gains(), least, len(self.order))
             if not pairs:
                 break
-            self.swap(pairs)
-            made += len(pairs)
-        return made
+            self.proposed += len(pairs)
+            if self._all is not None:
+                pairs = self._that_gain(pairs, self._all)
+            if pairs:
+                self.swap(pairs)
+            self.made += len(pairs)
+        return self.made
+
+    def _that_gain(self, pairs: list[tuple[int, int]], columns: Matrix) -> list[tuple[int, int]]:
+        """Those swaps that gain on all rows; the others are barred until one of their stripes changes."""
+        slots = np.asarray(pairs, dtype=np.int64)
+        order = self.order.copy()
+        order[slots[:, 0]], order[slots[:, 1]] = self.order[slots[:, 1]], self.order[slots[:, 0]]
+        stripes = self._stripe[slots].ravel()
+        before, after = (
+            kept_of(columns, each.reshape(-1, self._m)[stripes], self._n) for each in (self.order, order)
+        )
+        gains = (after - before).reshape(-1, 2).sum(axis=1) > ROUNDING * before.reshape(-1, 2).sum(axis=1)
+        refused = slots[~gains]
+        self._barred[refused[:, 0], refused[:, 1]] = self._barred[refused[:, 1], refused[:, 0]] = -np.inf
+        return [pair for pair, gain in zip(pairs, gains.tolist(), strict=True) if gain]
 
     def disturb(self, heat: float, random: np.random.Generator) -> None:
         """Swap at random, the more likely the less it loses.
@@ -256,86 +311,102 @@ class _Search:
         self._random = np.random.default_rng(seed)
         self._progress = progress
         self._order: Order = np.arange(len(columns))
-        self._by_stripe = self._keeps(self._order)
         self.best: Order = self._order.copy()
-        self.kept = float(self._by_stripe.sum())
-        width = int((TABLE_WORK / max(columns.shape[1], 1)) ** 0.5) // m
-        self._width = min(max(width, LEAST_STRIPES), len(columns) // m)
+        self.kept = self._keeps()
         self._whole: _Block | None = None
-
-    def _keeps(self, order: Order) -> npt.NDArray[np.float64]:
-        """What the stripes of an order keep; a few at a time, so that little is copied."""
-        stripes = order.reshape(-1, self._m)
-        step = max(1, (1 << 20) // max(self._m * self._columns.shape[1], 1))
-        parts = [
-            kept_by_stripe(self._columns[stripes[at : at + step]], self._n)
-            for at in range(0, len(stripes), step)
-        ]
-        return np.concatenate(parts)
+        self._held: Order = self._order
 
     def _over(self) -> bool:
         return self._limit.seconds is not None and self._limit.fraction >= 1
 
+    def _keeps(self) -> float:
+        return float(kept_of(self._columns, self._order.reshape(-1, self._m), self._n).sum())
+
     def run(self) -> None:
         """Improve until nothing does, then disturb and improve until the limit is reached."""
+        rows = SAMPLED_ROWS
+        while 2 * rows < self._columns.shape[1]:
+            if not self._sampled_sweep(rows):
+                rows *= 4
         while self._greedy_sweep():
             pass
         begin = self._limit.fraction
         while (spent := self._limit.fraction) < 1:
             along = (spent - begin) / max(COOLING - begin, 1e-9)
             if along < 1:
-                self._sweep(lambda block, heat=HOT * (COLD / HOT) ** along: self._anneal(block, heat))
+                self._annealing_sweep(HOT * (COLD / HOT) ** along)
             elif not self._greedy_sweep():
                 break
         self._note()
         if self._progress is not None:
             self._progress(1.0)
 
+    def _sampled_sweep(self, rows: int) -> bool:
+        """Improve every block by what some rows propose; False where that is seldom right or the limit is reached."""
+        proposed = made = 0
+
+        def visit(block: _Block) -> None:
+            nonlocal proposed, made
+            block.improve(self._over)
+            proposed, made = proposed + block.proposed, made + block.made
+
+        self._sweep(visit, rows)
+        self._note()
+        return made > LEAST_GAINING * proposed and self._limit.fraction < 1
+
     def _greedy_sweep(self) -> bool:
         """Improve every block; False where no swap gained or the limit is reached."""
-        made = self._sweep(lambda block: block.improve(self._over))
+        made = 0
+
+        def visit(block: _Block) -> None:
+            nonlocal made
+            before = block.made
+            made += block.improve(self._over) - before
+
+        self._sweep(visit)
         self._note()
         return made > 0 and self._limit.fraction < 1
 
-    def _anneal(self, block: _Block, heat: float) -> int:
-        for _ in range(CALM):
-            if self._over():
-                break
-            block.disturb(heat, self._random)
-        return 0
+    def _annealing_sweep(self, heat: float) -> None:
+        def visit(block: _Block) -> None:
+            for _ in range(CALM):
+                if self._over():
+                    break
+                block.disturb(heat, self._random)
 
-    def _sweep(self, visit: Callable[[_Block], int]) -> int:
-        """Visit all stripes, block by block; returns the sum of what the visits return."""
-        total = 0
-        for stripes in self._blocks():
-            if self._over():
-                break
+        self._sweep(visit)
+
+    def _sweep(self, visit: Callable[[_Block], None], sampled: int | None = None) -> None:
+        """Visit all stripes, block by block."""
+        height = self._columns.shape[1]
+        count = len(self._order) // self._m
+        width = int((TABLE_WORK / max(sampled or height, 1)) ** 0.5) // self._m
+        width = min(max(width, LEAST_STRIPES), count)
+        if width == count and sampled is None:
             if self._whole is None:
+                held = self._order
+                self._whole = _Block(self._columns[held], self._n, self._m)
+                self._held = held
+            visit(self._whole)
+            self._order = self._held[self._whole.order]
+        else:
+            for stripes in np.array_split(self._random.permutation(count), -(-count // width)):
+                if self._over():
+                    break
                 places = (stripes[:, None] * self._m + np.arange(self._m)).ravel()
                 held = self._order[places]
-                block = _Block(self._columns[held], self._n, self._m)
-                total += visit(block)
+                rows = None if sampled is None else np.sort(self._random.permutation(height)[:sampled])
+                block = _Block(self._columns[held], self._n, self._m, rows)
+                visit(block)
                 self._order[places] = held[block.order]
-                if len(places) == len(self._order):
-                    self._whole = block
-            else:
-                total += visit(self._whole)
-                self._order = self._whole.order
-            if self._progress is not None:
-                self._progress(min(self._limit.fraction, 1.0))
+                if self._progress is not None:
+                    self._progress(min(self._limit.fraction, 1.0))
         self._limit.done += 1
-        return total
-
-    def _blocks(self) -> Iterator[npt.NDArray[np.int64]]:
-        """All stripes, in random blocks of about equal width."""
-        count = len(self._order) // self._m
-        if self._width == count:
-            yield np.arange(count)
-        else:
-            yield from np.array_split(self._random.permutation(count), -(-count // self._width))
+        if self._progress is not None:
+            self._progress(min(self._limit.fraction, 1.0))
 
     def _note(self) -> None:
         """Remember the order if it is the best so far."""
-        kept = float(self._keeps(self._order).sum())
+        kept = self._keeps()
         if kept > self.kept:
             self.best, self.kept = self._order.copy(), kept

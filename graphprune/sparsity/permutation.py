@@ -25,7 +25,7 @@ from graphprune.constants import ConstantChanges
 from graphprune.errors import PlanError
 from graphprune.graph import Op, Tensor
 from graphprune.graph.evaluate import evaluate_constant
-from graphprune.kernels.permutation import kept_by_stripe, search_permutation
+from graphprune.kernels.permutation import kept_of, search_permutation
 from graphprune.model.splice import Splicer
 from graphprune.network import Network
 from graphprune.rules.registry import Refusal
@@ -216,6 +216,10 @@ def _name(network: Network, found: Sequence[Stripes]) -> None:
 # -- scores ---------------------------------------------------------------------------------------------------------
 
 
+def _contexts(reading: Reading) -> int:
+    return reading.labels.size // reading.labels.shape[reading.axis]
+
+
 class _Importance:
     """Matrices of scores, class by class; one weight is held at a time."""
 
@@ -240,35 +244,33 @@ class _Importance:
     @staticmethod
     def _count(columns: _Columns) -> int:
         reading = columns.reading
-        rows = reading.labels.size // reading.labels.shape[reading.axis]
-        outputs = prod(reading.tensor.shape or ()) // max(
-            rows * (reading.tensor.shape or ())[reading.axis], 1
-        )
+        shape = reading.tensor.shape or ()
+        outputs = prod(shape) // max(_contexts(reading) * shape[reading.axis], 1)
         return outputs * len(columns.contexts) * len(columns.positions)
 
     def _rows(self, columns: _Columns) -> Matrix:
         """The scores of some contexts, float32 ``[outputs, contracted axis]``."""
         reading = columns.reading
-        if (
-            self._held[0] is None
-            or self._held[0].tensor is not reading.tensor
-            or self._held[0].op is not reading.op
-        ):
-            self._held = reading, self._whole(reading)
+        held, whole = self._held
+        if held is None or held.tensor is not reading.tensor or held.op is not reading.op:
+            whole = self._whole(reading)
+            self._held = reading, whole
         shape = [size for axis, size in enumerate(reading.tensor.shape or ()) if axis != reading.axis]
         varying = [size for axis, size in enumerate(reading.labels.shape) if axis != reading.axis]
         if len(columns.contexts) == prod(varying):
-            return self._held[1]
+            return whole
         chosen = np.zeros(prod(varying), dtype=bool)
         chosen[columns.contexts] = True
-        return self._held[1][np.broadcast_to(chosen.reshape(varying), shape).ravel()]
+        part: Matrix = whole[np.broadcast_to(chosen.reshape(varying), shape).ravel()]
+        return part
 
     def _whole(self, reading: Reading) -> Matrix:
         given = None if self._scores is None else self._scores(reading)
         array = evaluate_constant(reading.tensor) if given is None else given
         last = np.moveaxis(np.asarray(array), reading.axis, -1)
-        rows = np.abs(last.reshape(-1, last.shape[-1]).astype(np.float32))
-        return np.nan_to_num(rows, copy=False, nan=0.0, posinf=0.0)  # what is not finite decides nothing
+        rows: Matrix = np.abs(last.reshape(-1, last.shape[-1]).astype(np.float32))
+        rows[~np.isfinite(rows)] = 0  # what is not finite decides nothing
+        return rows
 
 
 # -- search ---------------------------------------------------------------------------------------------------------
@@ -330,7 +332,7 @@ def find_orders(
     Returns:
         The orders, and a report on each class.
     """
-    n, m = pattern.n, pattern.m
+    n, m, begin = pattern.n, pattern.m, time.perf_counter()
     found = find_stripes(network, m) if stripes is None else list(stripes)
     importance = _Importance(scores, seed)
     limits = []
@@ -338,21 +340,21 @@ def find_orders(
         matrix = importance.matrix(each)
         limits.append((_kept(matrix, n, m), _bound(matrix, n, m), float(matrix.sum(dtype=np.float64))))
     gaps = np.asarray([max(bound - kept, 0.0) for kept, bound, _ in limits])
-    shares = gaps / max(float(gaps.sum()), 1e-30)
-    before = np.concatenate([[0.0], np.cumsum(shares)])
+    parts = gaps / max(float(gaps.sum()), 1e-30)
     orders: Orders = []
     reports: list[ClassReport] = []
     for number, each in enumerate(found):
         kept, bound, total = limits[number]
         start = time.perf_counter()
+        matrix = importance.matrix(each)
         order, permuted = search_permutation(
-            importance.matrix(each),
+            matrix,
             n,
             m,
-            seconds=None if seconds is None else max(seconds * float(shares[number]), LEAST_SECONDS),
+            seconds=None if seconds is None else _share(seconds - (start - begin), gaps[number:]),
             sweeps=sweeps,
             seed=seed + number,
-            progress=None if progress is None else _part(progress, before[number], shares[number]),
+            progress=None if progress is None else _part(progress, parts[:number].sum(), parts[number]),
         )
         orders.append((each.labels, each.labels[order]))
         took = time.perf_counter() - start
@@ -363,14 +365,17 @@ def find_orders(
     return orders, reports
 
 
+def _share(seconds: float, gaps: npt.NDArray[np.float64]) -> float:
+    """The first class' share of the time that is left, by what each could gain at most."""
+    return max(seconds * float(gaps[0]) / max(float(gaps.sum()), 1e-30), LEAST_SECONDS)
+
+
 def _part(progress: Progress, begin: float, share: float) -> Progress:
     return lambda done: progress(float(begin + share * done))
 
 
 def _kept(matrix: Matrix, n: int, m: int) -> float:
-    columns = np.ascontiguousarray(matrix.T)
-    stripes = columns.reshape(-1, m, columns.shape[1])
-    return float(sum(kept_by_stripe(stripes[at : at + 1], n)[0] for at in range(len(stripes))))
+    return float(kept_of(np.ascontiguousarray(matrix.T), np.arange(matrix.shape[1]).reshape(-1, m), n).sum())
 
 
 def _bound(matrix: Matrix, n: int, m: int) -> float:
@@ -382,6 +387,7 @@ def _bound(matrix: Matrix, n: int, m: int) -> float:
 def apply_orders(network: Network, orders: Orders) -> Exchange:
     """Put channels into their orders, in place: every constant that bears their labels is stored anew.
 
+    The network's analysis remembers contents of before: analyse the model again where they are needed.
     Large weights are reordered when they are read. Uses of one initializer that need different orders get initializers
     of their own.
 
