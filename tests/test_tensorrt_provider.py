@@ -113,15 +113,14 @@ def test_a_session_of_the_installed_runtime(plan: BuildPlan) -> None:
     assert len(run.seconds) == 2
 
 
-def test_the_installed_runtime_falls_back_and_that_is_an_error(plan: BuildPlan) -> None:
-    """Without a GPU, ONNX Runtime gives a session on the CPU and a warning."""
-    run = run_session(plan.model, {"x": X}, [(CPU, {})])
-    with pytest.raises(EngineError) as caught:
-        run_with_tensorrt(plan, {"x": X})
-    assert "fell back to CPUExecutionProvider" in str(caught.value) or "fails making a session" in str(
-        caught.value
-    )
-    assert run.version is not None
+def test_a_run_is_of_tensorrt_or_an_error(plan: BuildPlan) -> None:
+    """Where there is no GPU, ONNX Runtime gives a session on the CPU and a warning."""
+    try:
+        result = run_with_tensorrt(plan, {"x": X})
+    except EngineError as error:
+        assert any(said in str(error) for said in ("fell back to", "took no node", "fails making a session"))
+    else:
+        assert result.placed[PROVIDER] >= 1
 
 
 def run(plan: BuildPlan, folder: Path, **asked: Any) -> SessionRun:
