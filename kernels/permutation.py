@@ -19,8 +19,8 @@ Progress = Callable[[float], None]
 TABLE_WORK = 1 << 26
 #: No block is narrower than this many stripes.
 LEAST_STRIPES = 8
-#: Of taller matrices swaps are first looked for on so many rows, drawn anew for each block, and made if they gain on all
-#: rows; where fewer than a fraction of them do, on four times as many.
+#: Of taller matrices swaps are first looked for on so many rows, drawn anew for each block, and made if they gain on
+#: all rows; where fewer than a fraction of them do, on four times as many.
 SAMPLED_ROWS = 256
 LEAST_GAINING = 0.25
 #: Part of the time after which nothing is disturbed any more, and what is left is greedy.

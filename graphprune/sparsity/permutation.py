@@ -217,7 +217,8 @@ def _name(network: Network, found: Sequence[Stripes]) -> None:
 
 
 def _contexts(reading: Reading) -> int:
-    return reading.labels.size // reading.labels.shape[reading.axis]
+    shape: tuple[int, ...] = reading.labels.shape
+    return prod(shape) // shape[reading.axis]
 
 
 class _Importance:
