@@ -115,12 +115,12 @@ def test_a_session_of_the_installed_runtime(plan: BuildPlan) -> None:
 
 def test_a_run_is_of_tensorrt_or_an_error(plan: BuildPlan) -> None:
     """Where there is no GPU, ONNX Runtime gives a session on the CPU and a warning."""
+    said, placed = "", 0
     try:
-        result = run_with_tensorrt(plan, {"x": X})
+        placed = run_with_tensorrt(plan, {"x": X}).placed[PROVIDER]
     except EngineError as error:
-        assert any(said in str(error) for said in ("fell back to", "took no node", "fails making a session"))
-    else:
-        assert result.placed[PROVIDER] >= 1
+        said = str(error)
+    assert placed or any(text in said for text in ("fell back to", "took no node", "fails making a session"))
 
 
 def run(plan: BuildPlan, folder: Path, **asked: Any) -> SessionRun:

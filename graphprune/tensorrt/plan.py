@@ -232,7 +232,7 @@ def write_plan(plan: BuildPlan, base: str | os.PathLike[str]) -> tuple[Path, Pat
         target.with_name(f"{target.name}.trt.sh"): (shell_script(plan, target.parent), 0o755),
     }
     for path, (text, mode) in texts.items():
-        write_whole(path, text.encode(), mode)
+        write_whole(path, text.encode(errors="surrogateescape"), mode)  # names of files need not be UTF-8
     return tuple(texts)  # type: ignore[return-value]
 
 
