@@ -281,6 +281,7 @@ class Weight:
     eligible: bool = True
     reason: str | None = None
     dtype: str = "FLOAT16"
+    unlikely: str | None = None
 
 
 HALF = Weight("conv1.w", "conv1")
@@ -315,6 +316,21 @@ def test_eligible_and_not_chosen() -> None:
     judgement = judge([HALF], parse_log(ELEVEN))
     assert judgement.verdict is Verdict.ELIGIBLE_NOT_CHOSEN
     assert "39 layers" in judgement.reason
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ([HALF], "kept dense ones as faster"),
+        ([Weight("w", "conv1", unlikely="64 x 64 is small")], "gained by all weights: 64 x 64 is small"),
+        ([HALF, Weight("w", "n", unlikely="it is small")], "gained by 1 of 2 weights: it is small"),
+        ([Weight("w", "conv1", dtype="INT8")], "quantize their outputs too"),
+    ],
+)
+def test_why_dense_kernels_were_faster(weights: list[Weight], said: str) -> None:
+    judgement = judge(weights, parse_log(LOG.format(1, "conv1", 0)))
+    assert judgement.verdict is Verdict.ELIGIBLE_NOT_CHOSEN
+    assert judgement.reason.endswith(said)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,10 @@ class CheckedWeight(Protocol):
     def reason(self) -> str | None:
         """Why TensorRT may not."""
 
+    @property
+    def unlikely(self) -> str | None:
+        """Why a sparse kernel is not likely to be the faster one; None if it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -131,7 +135,7 @@ def judge(
     if found is not None and chosen is not None:
         reason = (
             f"TensorRT found {_count(found.count, 'layer')} with 2:4 weights, timed their sparse kernels, and kept"
-            " dense ones as faster"
+            f" dense ones as faster{_hint(holding)}"
         )
         return Judgement(Verdict.ELIGIBLE_NOT_CHOSEN, reason, dense=found.names, **facts)
     if weights is not None and not any(weight.eligible for weight in holding):
@@ -233,8 +237,26 @@ def _from_kernels(
         )
         return Judgement(Verdict.UNKNOWN, reason, **facts)
     names = tuple(layer.name for layer in bearing)
-    reason = f"all {_count(len(names), 'layer')} with 2:4 weights have dense kernels: {_some(names)}"
+    reason = f"all {_count(len(names), 'layer')} with 2:4 weights have dense kernels: {_some(names)}{_hint(holding)}"
     return Judgement(Verdict.ELIGIBLE_NOT_CHOSEN, reason, dense=names, **facts)
+
+
+def _hint(holding: Sequence[CheckedWeight]) -> str:
+    """What the file has to do with it that dense kernels are faster.
+
+    That int8 layers get sparse kernels only where their results stay int8 is said by the llm_sparsity example of
+    NVIDIA/Model-Optimizer.
+    """
+    usable = [weight for weight in holding if weight.eligible]
+    small = [weight for weight in usable if weight.unlikely is not None]
+    if small:
+        share = (
+            "all weights" if len(small) == len(usable) else f"{len(small)} of {_count(len(usable), 'weight')}"
+        )
+        return f"; little was to be gained by {share}: {small[0].unlikely}"
+    if any(weight.dtype.upper() in {"INT8", "UINT8"} for weight in usable):
+        return "; int8 layers gain only where what they compute stays int8: quantize their outputs too"
+    return ""
 
 
 def _holding(weights: Sequence[CheckedWeight]) -> str:
