@@ -146,8 +146,8 @@ def feeds_of(graph: Graph, calibration: Calibration | None, seed: int) -> Feeds:
     return next(iter(calibration.subset(SAMPLES).batches(SAMPLES)))
 
 
-def check_valid(path: Path, original: ir.Model) -> None:
-    """ONNX's checker with full shape inference accepts the file.
+def check_valid(path: Path, original: ir.Model, what: str = "the pruned model") -> None:
+    """ONNX's checker with full shape inference accepts the file; ``what`` it is called in complaints.
 
     Raises:
         VerificationError: It does not, though it accepts the original.
@@ -164,7 +164,7 @@ def check_valid(path: Path, original: ir.Model) -> None:
                 onnx.checker.check_model(str(before), full_check=True)
             except Exception:
                 return  # the original has the same fault, or a worse one: it is not ours
-        raise VerificationError(f"the pruned model is not valid: {_first_line(error)}") from error
+        raise VerificationError(f"{what} is not valid: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
