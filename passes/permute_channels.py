@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from graphprune.sparsity.pattern import NM
 from graphprune.sparsity.permutation import (
     ClassReport,
     Progress,
+    Reading,
     Scores,
     apply_orders,
     find_orders,
@@ -51,12 +52,16 @@ class PermutationReport:
     Attributes:
         pattern: The pattern that the orders are made for.
         classes: One entry for each class of channels with a choice, in the order of the graph.
+        moved: Number of channels that stand in another place than before.
+        inlined: Functions whose calls were inlined, because each needs an order of its own.
         max_error: Largest difference from the unpermuted model, relative to the output's scale; None if not compared.
         seconds: Wall time of each step.
     """
 
     pattern: NM
     classes: list[ClassReport] = field(default_factory=list)
+    moved: int = 0
+    inlined: list[str] = field(default_factory=list)
     max_error: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -99,6 +104,8 @@ class PermutationReport:
                 }
                 for each in self.classes
             ],
+            "moved": self.moved,
+            "inlined": self.inlined,
             "max_error": self.max_error,
             "seconds": self.seconds,
         }
@@ -113,6 +120,7 @@ def permute_channels(
     sweeps: int | None = None,
     seed: int = 0,
     scores: Scores | None = None,
+    wanted: Callable[[Reading], bool] | None = None,
     feeds: Sequence[Mapping[str, npt.NDArray[Any]]] = (),
     verify: bool = True,
     progress: Progress | None = None,
@@ -127,6 +135,7 @@ def permute_channels(
         sweeps: Limit of the search in sweeps; with ``seconds=None`` the result depends on ``seed`` only.
         seed: For the search, and for random inputs.
         scores: Importance of weights (:data:`graphprune.sparsity.permutation.Scores`); by default their magnitude.
+        wanted: Which weights are to become sparse, and count; all by default.
         feeds: Inputs to compare on, beside random ones.
         verify: Compare with the unpermuted model in ONNX Runtime.
         progress: Called with the fraction of the search that is done.
@@ -146,12 +155,13 @@ def permute_channels(
         start = clock()
         while True:
             network = analyze_ir(model, input_shapes)
-            stripes = find_stripes(network, pattern.m)
+            stripes = find_stripes(network, pattern.m, wanted)
             labels = np.concatenate([np.zeros(0, np.int32), *(each.labels for each in stripes)])
             functions = functions_bearing(network.analysis, labels)
             if not functions:
                 break
             inline(model, functions)
+            report.inlined += sorted(name for _, name, _ in functions)
         report.seconds["analysis"] = clock() - start
         start = clock()
         orders, report.classes = find_orders(
@@ -168,8 +178,9 @@ def permute_channels(
         start = clock()
         exchange = apply_orders(network, orders)
         network.fills.join()
+        report.moved = len(exchange.moving)
         report.seconds["permutation"] = clock() - start
-        if verify and len(exchange.moving):
+        if verify and report.moved:
             start = clock()
             trials = [*map(dict, feeds), random_feeds(network.analysis.graph, seed)]
             report.max_error = compare_permuted(original, model, exchange, trials)
@@ -310,4 +321,4 @@ class PermuteChannelsPass(ir.passes.InPlacePass):
         self.report = None
         report = permute_channels(model, self.pattern, **self.options)
         self.report = report
-        return ir.passes.PassResult(model, modified=bool(report.classes))
+        return ir.passes.PassResult(model, modified=report.moved > 0 or bool(report.inlined))

@@ -176,6 +176,30 @@ def test_all_readers_of_a_class_score_together() -> None:
     assert both > kept(constants["w2"], 0) + kept(constants["w3"], 0)
 
 
+def test_weights_that_are_not_wanted_are_carried_along() -> None:
+    """Known by what is stored, here behind a Transpose."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"]),
+        helper.make_node("Transpose", ["w2"], ["w2t"]),
+        helper.make_node("MatMul", ["h", "w2t"], ["a"]),
+        helper.make_node("MatMul", ["h", "w3"], ["b"]),
+        helper.make_node("Add", ["a", "b"], ["y"]),
+    ]
+    constants = {"w1": normal(6, 16), "w2": normal(8, 16), "w3": 9 * normal(16, 8, seed=1)}
+    proto = model_of(nodes, [3, 6], "y", constants)
+
+    def wanted(reading: Reading) -> bool:
+        return reading.stored is not None and reading.stored.name == "w2"
+
+    model, report = permuted(proto, wanted=wanted)
+    (only,) = report.classes
+    assert only.unpermuted == pytest.approx(kept(constants["w2"], 1))
+    assert only.permuted == pytest.approx(kept(array_of(model, "w2"), 1))
+    assert only.permuted > only.unpermuted
+    assert report.moved > 0
+    assert same(proto, model, [3, 6])
+
+
 def test_readers_that_are_not_aligned_are_carried_along() -> None:
     """One MatMul reads the channels as they are; another behind two further ones, so that groups of 4 straddle."""
     nodes = [
@@ -346,6 +370,7 @@ def test_constants_inside_functions() -> None:
     proto = model_of(nodes, [3, 6], "y", {"w0": normal(6, 16), "w9": normal(16, 4)}, [body])
     model, report = permuted(proto)
     assert len(report.classes) == 3
+    assert report.inlined == ["Layer"]
     assert not model.functions
     assert same(proto, model, [3, 6])
     network = analyze_ir(copy(as_ir(proto)[0]))

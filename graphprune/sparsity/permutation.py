@@ -7,6 +7,7 @@ their labels is stored in the new order.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from graphprune.axes.analysis import Analysis, weight_views
 from graphprune.axes.flow import SignatureFlow
@@ -62,6 +64,16 @@ class Reading:
     tensor: Tensor
     axis: int
     labels: Labels
+
+    @property
+    def stored(self) -> ir.Value | None:
+        """What the model stores: ``tensor``, or what a Transpose, Cast or DequantizeLinear makes it of."""
+        tensor = self.tensor
+        while (
+            tensor.producer is not None and tensor.producer.inputs and tensor.producer.inputs[0] is not None
+        ):
+            tensor = tensor.producer.inputs[0]
+        return tensor.value
 
 
 def find_readings(analysis: Analysis) -> list[Reading]:
@@ -120,11 +132,16 @@ class Stripes:
         return list(dict.fromkeys(columns.reading.tensor.name for columns in self.columns))
 
 
-def find_stripes(network: Network, m: int) -> list[Stripes]:
+def find_stripes(network: Network, m: int, wanted: Callable[[Reading], bool] | None = None) -> list[Stripes]:
     """All classes with a choice: two groups of ``m`` and more that some weight is contracted over.
 
     Where weights bear the labels of a class in groups of different composition, the composition that most elements are
     in counts; the others are carried along.
+
+    Args:
+        network: The analysed model.
+        m: Size of the groups.
+        wanted: Which weights are to become sparse; all by default. The others are carried along.
     """
     analysis = network.analysis
     classes = exchange_classes(analysis)
@@ -134,6 +151,8 @@ def find_stripes(network: Network, m: int) -> list[Stripes]:
     groups: list[dict[tuple[int, ...], int]] = [{} for _ in classes]
     held: list[list[tuple[Reading, npt.NDArray[np.int64], Labels]]] = [[] for _ in classes]
     for reading in find_readings(analysis):
+        if wanted is not None and not wanted(reading):
+            continue
         shape = reading.tensor.shape or ()
         rows = rows_of(reading.labels, reading.axis)
         outputs = prod(shape) // max(rows.size, 1)
@@ -339,6 +358,7 @@ def find_orders(
     limits = []
     for each in found:
         matrix = importance.matrix(each)
+        _unmap(network.model)
         limits.append((_kept(matrix, n, m), _bound(matrix, n, m), float(matrix.sum(dtype=np.float64))))
     gaps = np.asarray([max(bound - kept, 0.0) for kept, bound, _ in limits])
     parts = gaps / max(float(gaps.sum()), 1e-30)
@@ -358,12 +378,22 @@ def find_orders(
             progress=None if progress is None else _part(progress, parts[:number].sum(), parts[number]),
         )
         orders.append((each.labels, each.labels[order]))
+        _unmap(network.model)
         took = time.perf_counter() - start
         names = tuple(each.weights)
         reports.append(ClassReport(each.name, len(order), names, kept, permuted, bound, total, took))
     if progress is not None:
         progress(1.0)
     return orders, reports
+
+
+def _unmap(model: ir.Model) -> None:
+    """Give mapped files back: pages that have been read count as memory while they are mapped."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                with contextlib.suppress(BufferError):  # somebody looks at the contents
+                    value.const_value.release()
 
 
 def _share(seconds: float, gaps: npt.NDArray[np.float64]) -> float:
