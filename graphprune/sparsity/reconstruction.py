@@ -42,7 +42,7 @@ Ints = npt.NDArray[np.int64]
 #: Ways to choose which elements stay.
 SELECTIONS = ("magnitude", "wanda", "sparsegpt", "alps")
 #: Weight of the ridge toward the weights that were, relative to the mean diagonal of the Gram matrix.
-DAMPING = 1e-3
+DAMPING = 1e-2
 #: Added to the diagonal of SparseGPT's Hessian, in the same unit: the paper's.
 HESSIAN_DAMPING = 1e-2
 #: Of conjugate gradients, where a weight is too large for a Cholesky factor for each output.
