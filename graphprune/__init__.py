@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from graphprune.errors import (
     BudgetError,
+    EngineError,
     GraphPruneError,
     MetricError,
     ModelError,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from graphprune.calibration import Calibration as Calibration
     from graphprune.calibration import load_calibration as load_calibration
     from graphprune.calibration.preprocess import Preprocess as Preprocess
+    from graphprune.model.kinds import from_graphsurgeon as from_graphsurgeon
+    from graphprune.model.kinds import to_graphsurgeon as to_graphsurgeon
     from graphprune.network import Network as Network
     from graphprune.pipeline import analyze as analyze
     from graphprune.pipeline import prune as prune
@@ -50,6 +53,7 @@ __all__ = [
     "Analysis",
     "BudgetError",
     "Calibration",
+    "EngineError",
     "GraphPruneError",
     "Group",
     "MetricError",
@@ -69,9 +73,11 @@ __all__ = [
     "__version__",
     "analyze",
     "coupling_graph",
+    "from_graphsurgeon",
     "load_calibration",
     "prune",
     "sparsify",
+    "to_graphsurgeon",
 ]
 
 # The home module of each lazy name; the imports under TYPE_CHECKING say the same to type checkers.
@@ -88,9 +94,11 @@ _HOMES = {
     "Unstructured": "graphprune.sparsity.pattern",
     "analyze": "graphprune.pipeline",
     "coupling_graph": "graphprune.axes.coupling",
+    "from_graphsurgeon": "graphprune.model.kinds",
     "load_calibration": "graphprune.calibration",
     "prune": "graphprune.pipeline",
     "sparsify": "graphprune.pipeline",
+    "to_graphsurgeon": "graphprune.model.kinds",
 }
 
 

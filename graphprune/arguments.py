@@ -155,6 +155,19 @@ def _prune_parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--plan-out", type=Path, metavar="FILE", help="also write the plan, as JSON")
     out.add_argument(
+        "--precision",
+        choices=("keep", "fp16", "bf16"),
+        default="keep",
+        help="then let nodes compute in float16 or bfloat16 where that is safe; inputs and outputs keep their types",
+    )
+    out.add_argument(
+        "--keep-float32",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="with --precision: op types or nodes that stay float32; may be repeated",
+    )
+    out.add_argument(
         "--tensorrt",
         type=Path,
         metavar="FILE",

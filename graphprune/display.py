@@ -7,7 +7,7 @@ import math
 import re
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from statistics import median
 from time import perf_counter
@@ -194,6 +194,16 @@ def print_report(report: Report, source: str, target: str, *, verified: bool) ->
     )
     notes = [f"[dim]note: {escape(note)}[/]" for note in report.notes]
     show(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]", table, facts, *notes)
+
+
+def print_files(source: str, target: str, size: int, seconds: Mapping[str, float]) -> None:
+    """What was read and written, where nothing was cut."""
+    steps = sorted(seconds.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {value:.2g}" for name, value in steps if name != "total" and value >= 0.05)
+    show(
+        f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/], {_bytes(size)},"
+        f" {seconds.get('total', 0.0):.2f} seconds" + (f" [dim]({listed})[/]" if listed else "")
+    )
 
 
 def _repaired(repaired: RepairReport) -> str:

@@ -221,6 +221,7 @@ class Sparsifier:
                 seconds=self.settings.permute_seconds,
                 input_shapes=self.settings.input_shapes,
                 seed=self.settings.seed,
+                wanted=lambda reading: reading.stored in self.sites,
                 feeds=[] if self._calibration is None else list(self._calibration.subset(1).batches(1)),
                 verify=self._verifies,
                 progress=lambda done: self._part("permutation")(round(100 * done), 100),

@@ -48,19 +48,12 @@ def _verdict(entry: WeightReport) -> str:
     return f"[green]yes[/]{tail}"
 
 
-def print_sparsity(
-    report: SparsityReport,
-    files: tuple[str, str, Mapping[str, float]] | None,
-    *,
-    verified: bool,
-    weights: bool,
-) -> None:
+def print_sparsity(report: SparsityReport, *, verified: bool, weights: bool) -> None:
     """The summary of a run.
 
     Args:
         report: What was done.
-        files: Source, target and seconds, where no other table says them.
-        verified: The file was read again.
+        verified: The result was looked at again.
         weights: One row a weight too.
     """
     facts = Table(box=None, pad_edge=False, show_header=False)
@@ -79,21 +72,16 @@ def print_sparsity(
     if unlikely and report.target == "tensorrt":
         facts.add_row("gain", f"likely for {len(done) - unlikely}, unlikely for {unlikely} (small layers)")
     if verified:
-        facts.add_row("checked", "the file holds the pattern; [green]nothing else changed[/]")
+        facts.add_row("checked", "the weights hold the pattern; [green]nothing else changed[/]")
     else:
         facts.add_row("checked", "[yellow]no[/]")
-    heading = []
-    if files is not None:
-        source, target, seconds = files
-        heading.append(f"[bold]{escape(source)}[/] -> [bold]{escape(target)}[/]")
-        facts.add_row("seconds", f"{seconds.get('total', 0.0):.2f}")
     reasons = Counter(entry.reason for entry in report.skipped if entry.reason)
     skipped = [
         f"[dim]left as {'it was' if count == 1 else 'they were'}, {count}: {escape(reason)}[/]"
         for reason, count in reasons.most_common(None if weights else LISTED)
     ]
     notes = [f"[dim]note: {escape(note)}[/]" for note in report.notes]
-    show(*heading, facts, *skipped, *notes)
+    show(facts, *skipped, *notes)
     if weights:
         print_weights(report)
 

@@ -145,10 +145,13 @@ def budget(options: argparse.Namespace) -> Budget | None:
         )
     if len(given) > 1:
         raise OptionError(f"{' and '.join(given)} exclude each other; give one")
-    if not cuts(options) and options.nm is None and options.unstructured is None:
+    if options.keep_float32 and options.precision == "keep":
+        raise OptionError("--keep-float32 names exceptions to --precision, which is missing")
+    others = (options.nm, options.unstructured, None if options.precision == "keep" else options.precision)
+    if not cuts(options) and all(other is None for other in others):
         raise OptionError(
             "say what to remove: --channels RATIO (such as 0.3), --channels-for GLOB=RATIO, a budget such as --macs"
-            " 0.5, --max-drop, --dead, --blocks N, --nm 2:4, or --plan FILE"
+            " 0.5, --max-drop, --dead, --blocks N, --plan FILE, --nm 2:4, or --precision fp16"
         )
     if options.max_drop is None and (options.metric is not None or options.metric_data is not None):
         raise OptionError("--metric and --metric-data judge trials of --max-drop, which is missing")

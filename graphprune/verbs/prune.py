@@ -1,4 +1,4 @@
-"""``graphprune MODEL``: cut, make sparse, prove, write."""
+"""``graphprune MODEL``: cut, make sparse, cast, prove, write, hand over."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from graphprune.errors import GraphPruneError, ModelError, PlanError
+from graphprune.errors import GraphPruneError, ModelError, PlanError, VerificationError
 from graphprune.verbs import options as meaning
 from graphprune.verbs.engine import engine_settings, hand_over_file
 
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from graphprune.calibration import Calibration
     from graphprune.display import Steps
     from graphprune.network import Pruned
+    from graphprune.passes.cast_precision import PrecisionReport
     from graphprune.pruning import Pruning
     from graphprune.sparsity.sparsify import Sparsifier, SparsitySettings
     from graphprune.tensorrt.handover import EngineReport
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prune, make sparse, write; print a report.
+    """Do what the options ask for, and print a report.
 
     Raises:
         GraphPruneError: Whatever went wrong; nothing was written then.
@@ -38,125 +39,240 @@ def run(options: argparse.Namespace) -> int:
     start = perf_counter()
     from graphprune.display import Steps
 
-    pruning: Pruning | None = None
-    pruned: Pruned | None = None
     with Steps(quiet=options.quiet) as steps:
-        steps("imports")
-        from graphprune.model import as_ir, copy
-
-        sparsity = meaning.sparsity(options)
-        engine = None if options.tensorrt is None else engine_settings(options, options.tensorrt)
-        if meaning.cuts(options):
-            from graphprune.pruning import finish
-
-            pruning = _pruning(options, steps)
-            pruned = finish(pruning, meaning.drop(options), options.metric_data)
-            model, calibration = pruned.model, pruning.calibration
-            if sparsity is not None and not options.no_verify:
-                pruning.check(pruned)  # now: what follows changes the answers
-        else:
-            steps("loading")
-            source, _ = as_ir(options.model)
-            model, calibration = copy(source), _calibration(options, source, steps)
-        sparsifier = None
-        if sparsity is not None:
-            sparsifier = _sparsifier(model, sparsity, calibration, steps, not options.no_verify)
-        size = _write(options, target, model, pruning, pruned, sparsifier, steps)
-        report = None if engine is None else hand_over_file(target, engine, steps)
-    seconds = {**steps.seconds, "total": perf_counter() - start}
-    if pruned is not None:
-        pruned.report.bytes_after = size
-        pruned.report.seconds = seconds
-    _print(options, target, size, pruning, pruned, sparsifier, report, seconds)
+        work = _Run(options, target, steps)
+        work.carry_out()
+    work.report({**steps.seconds, "total": perf_counter() - start})
     return 0
 
 
-def _pruning(options: argparse.Namespace, steps: Steps) -> Pruning:
-    from graphprune.calibration.preprocess import Preprocess
-    from graphprune.model import as_ir
-    from graphprune.pruning import Pruning
+class _Run:
+    """One run, step by step; each leaves what the report will need."""
 
-    settings = meaning.settings(options, meaning.budget(options))
-    preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None
-    meaning.drop(options)  # a metric that is not there is said before the work
-    steps("loading")
-    source, _ = as_ir(options.model)
-    return Pruning(
-        source,
-        settings,
-        calibration=options.calib,
-        preprocess=preprocess,
-        verify=not options.no_verify,
-        progress=steps,
-    )
+    def __init__(self, options: argparse.Namespace, target: Path, steps: Steps) -> None:
+        self.options = options
+        self.target = target
+        self.steps = steps
+        self.verifies = not options.no_verify
+        self.size = 0
+        self.pruning: Pruning | None = None
+        self.pruned: Pruned | None = None
+        self.sparsifier: Sparsifier | None = None
+        self.precision: PrecisionReport | None = None
+        self.engine: EngineReport | None = None
 
+    def carry_out(self) -> None:
+        """Everything but the report."""
+        options = self.options
+        self.steps("imports")
+        sparsity = meaning.sparsity(options)
+        engine = None if options.tensorrt is None else engine_settings(options, options.tensorrt)
+        model, calibration = self._cut() if meaning.cuts(options) else self._load()
+        if sparsity is not None:
+            self._make_sparse(model, sparsity, calibration)
+        if options.precision != "keep":
+            self._cast(model, calibration)
+        self._write(model)
+        if engine is not None:
+            self.engine = hand_over_file(self.target, engine, self.steps)
 
-def _calibration(options: argparse.Namespace, source: ir.Model, steps: Steps) -> Calibration | None:
-    """The inputs of a run that cuts nothing."""
-    if options.calib is None:
-        return None
-    from graphprune.calibration import load_calibration
-    from graphprune.calibration.preprocess import Preprocess
-    from graphprune.graph.twin import build_twin
+    # -- steps ------------------------------------------------------------------------------------------------------
 
-    preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None
-    steps("calibration inputs")
-    graph = build_twin(source, meaning.input_shapes(options))
-    return load_calibration(options.calib, graph, preprocess=preprocess, seed=options.seed)
+    def _load(self) -> tuple[ir.Model, Calibration | None]:
+        """The model as it is, and inputs if there are any."""
+        from graphprune.model import as_ir
 
+        options = self.options
+        self.steps("loading")
+        model, _ = as_ir(options.model)
+        if options.calib is None:
+            return model, None
+        from graphprune.calibration import load_calibration
+        from graphprune.calibration.preprocess import Preprocess
+        from graphprune.graph.twin import build_twin
 
-def _sparsifier(
-    model: ir.Model, settings: SparsitySettings, calibration: Calibration | None, steps: Steps, verify: bool
-) -> Sparsifier:
-    from graphprune.sparsity.sparsify import Sparsifier
+        preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None
+        self.steps("calibration inputs")
+        graph = build_twin(model, meaning.input_shapes(options))
+        return model, load_calibration(options.calib, graph, preprocess=preprocess, seed=options.seed)
 
-    sparsifier = Sparsifier(model, settings, calibration, steps, verify=verify)
-    sparsifier.run()
-    return sparsifier
+    def _cut(self) -> tuple[ir.Model, Calibration | None]:
+        from graphprune.calibration.preprocess import Preprocess
+        from graphprune.model import as_ir
+        from graphprune.pruning import Pruning, finish
 
+        options = self.options
+        settings, drop = meaning.settings(options, meaning.budget(options)), meaning.drop(options)
+        preprocess = Preprocess.parse(options.preprocess) if options.preprocess is not None else None
+        self.steps("loading")
+        source, _ = as_ir(options.model)
+        self.pruning = Pruning(
+            source,
+            settings,
+            calibration=options.calib,
+            preprocess=preprocess,
+            verify=self.verifies,
+            progress=self.steps,
+        )
+        self.pruned = finish(self.pruning, drop, options.metric_data)
+        return self.pruned.model, self.pruning.calibration
 
-def _write(
-    options: argparse.Namespace,
-    target: Path,
-    model: ir.Model,
-    pruning: Pruning | None,
-    pruned: Pruned | None,
-    sparsifier: Sparsifier | None,
-    steps: Steps,
-) -> int:
-    """Write the model and what goes with it, check the file, then put all in place; bytes of the model."""
-    from graphprune.model import staged
+    def _make_sparse(
+        self, model: ir.Model, settings: SparsitySettings, calibration: Calibration | None
+    ) -> None:
+        from graphprune.sparsity.sparsify import Sparsifier
 
-    steps("writing")
-    with ExitStack() as files:
-        file = files.enter_context(staged(model, target, sources=[options.model]))
-        if not options.no_verify:
-            if sparsifier is not None:
-                sparsifier.check(file.path)
-            elif pruning is not None and pruned is not None:
-                pruned.report.bytes_after = file.size
-                pruning.check(pruned, file.path)
-            steps("writing")
-        commits: list[Callable[[], object]] = []
-        if options.plan_out is not None and pruned is not None:
-            commits.append(files.enter_context(_beside(options.plan_out, pruned.report.plan.save, "plan")))
-        if options.nm_packed is not None and sparsifier is not None:
-            commits.append(
-                files.enter_context(_beside(options.nm_packed, sparsifier.save_packed, "packed file"))
+        self._check_cut()
+        self.sparsifier = Sparsifier(model, settings, calibration, self.steps, verify=self.verifies)
+        self.sparsifier.run()
+
+    def _cast(self, model: ir.Model, calibration: Calibration | None) -> None:
+        from graphprune.passes.cast_precision import cast_precision
+
+        if self.sparsifier is None:
+            self._check_cut()
+        elif self.verifies:
+            self.sparsifier.check()
+        self.precision = cast_precision(
+            model,
+            self.options.precision,
+            calibration=calibration,
+            deny=self.options.keep_float32,
+            input_shapes=meaning.input_shapes(self.options),
+            verify=self.verifies,
+            seed=self.options.seed,
+            progress=self.steps,
+        )
+
+    def _check_cut(self) -> None:
+        """Prove a cut before what follows changes the answers."""
+        if self.verifies and self.pruning is not None and self.pruned is not None:
+            self.pruning.check(self.pruned)
+
+    def _write(self, model: ir.Model) -> None:
+        """Write the model and what goes with it, check the file, then put all in place."""
+        from graphprune.model import staged
+
+        options = self.options
+        self.steps("writing")
+        with ExitStack() as files:
+            file = files.enter_context(staged(model, self.target, sources=[options.model]))
+            self.size = file.size
+            if self.verifies:
+                self._check_file(file.path)
+                self.steps("writing")
+            commits: list[Callable[[], object]] = []
+            if options.plan_out is not None and self.pruned is not None:
+                plan = self.pruned.report.plan
+                commits.append(files.enter_context(_beside(options.plan_out, plan.save, "plan")))
+            if options.nm_packed is not None and self.sparsifier is not None:
+                save = self.sparsifier.save_packed
+                commits.append(files.enter_context(_beside(options.nm_packed, save, "packed file")))
+            if self.pruning is not None and options.sensitivity is not None:
+                from graphprune.choice.sensitivity import save_curves
+
+                save_curves(self.pruning.selection.curves, self.pruning.network.groups, options.sensitivity)
+            file.commit()
+            for commit in commits:
+                commit()
+
+    def _check_file(self, path: Path) -> None:
+        """What the file holds is what was proved in memory."""
+        if self.precision is not None:
+            if self.sparsifier is not None:
+                self._check_cast_pattern(path)
+        elif self.sparsifier is not None:
+            self.sparsifier.check(path)
+        elif self.pruning is not None and self.pruned is not None:
+            self.pruned.report.bytes_after = self.size
+            self.pruning.check(self.pruned, path)
+
+    def _check_cast_pattern(self, path: Path) -> None:
+        """Casting rounds: zeros stay zeros, so that the file holds the pattern as often as it was made.
+
+        Raises:
+            VerificationError: It does not.
+        """
+        from graphprune.model import load
+        from graphprune.sparsity.inspection import holds, inspect_sparsity
+        from graphprune.sparsity.pattern import NM
+
+        assert self.sparsifier is not None
+        settings, wanted = self.sparsifier.settings, self.sparsifier.report.sparse
+        if not isinstance(settings.pattern, NM) or settings.pattern.block != (1, 1):
+            return  # what a fraction or a block is counted by, magnitudes, has been rounded
+        found = inspect_sparsity(load(path), settings.pattern, settings.target)
+        held = sum(holds(entry, settings.pattern) for entry in found.weights)
+        if held < len(wanted):
+            raise VerificationError(
+                f"{len(wanted)} weights were made {settings.pattern}, and {held} of the written file hold it"
             )
-        if pruning is not None and options.sensitivity is not None:
-            _save_curves(pruning, options.sensitivity)
-        size = file.size
-        file.commit()
-        for commit in commits:
-            commit()
-    return size
 
+    # -- report -----------------------------------------------------------------------------------------------------
 
-def _save_curves(pruning: Pruning, path: Path) -> None:
-    from graphprune.choice.sensitivity import save_curves
+    def report(self, seconds: dict[str, float]) -> None:
+        """Print what was done."""
+        from graphprune import display
 
-    save_curves(pruning.selection.curves, pruning.network.groups, path)
+        if self.pruned is not None:
+            self.pruned.report.bytes_after = self.size
+            self.pruned.report.seconds = seconds
+        if self.options.json:
+            display.print_json(self._to_dict(seconds))
+        elif not self.options.quiet:
+            self._print(seconds)
+
+    def _to_dict(self, seconds: dict[str, float]) -> dict[str, Any]:
+        from graphprune import __version__
+        from graphprune.model import file_size, load
+
+        options = self.options
+        result: dict[str, Any] = {
+            "graphprune": __version__,
+            "input": str(options.model),
+            "output": str(self.target),
+            "plan": None if options.plan_out is None else str(options.plan_out),
+            "verified": self.verifies,
+        }
+        if self.pruned is not None:
+            result |= self.pruned.report.to_dict()
+        else:
+            result["bytes"] = {"before": file_size(load(options.model)), "after": self.size}
+            result["seconds"] = seconds
+        for name, part in (
+            ("sparsity", None if self.sparsifier is None else self.sparsifier.report),
+            ("precision", self.precision),
+            ("engine", self.engine),
+        ):
+            if part is not None:
+                result[name] = part.to_dict()
+        return result
+
+    def _print(self, seconds: dict[str, float]) -> None:
+        from graphprune import display
+
+        options = self.options
+        if self.pruned is not None:
+            report = self.pruned.report
+            display.print_report(report, options.model, str(self.target), verified=self.verifies)
+            if options.verbose:
+                display.print_groups(report.groups, report.plan, members=options.verbose > 1)
+        else:
+            display.print_files(options.model, str(self.target), self.size, seconds)
+        if self.sparsifier is not None:
+            from graphprune.sparsity.tables import print_sparsity
+
+            print_sparsity(self.sparsifier.report, verified=self.verifies, weights=options.verbose > 0)
+        if self.precision is not None:
+            from graphprune.precision.tables import print_precision
+
+            print_precision(self.precision, verified=self.verifies, nodes=options.verbose > 0)
+        if self.engine is not None:
+            from graphprune.tensorrt.tables import print_engine
+
+            print_engine(self.engine)
+        if self.pruning is not None and options.sensitivity is not None:
+            display.print_curves(self.pruning.selection.curves, self.pruning.network.groups)
 
 
 @contextmanager
@@ -176,60 +292,3 @@ def _beside(path: Path, save: Callable[[Path], object], what: str) -> Iterator[C
         raise kind(f"the {what} {str(path)!r} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _print(
-    options: argparse.Namespace,
-    target: Path,
-    size: int,
-    pruning: Pruning | None,
-    pruned: Pruned | None,
-    sparsifier: Sparsifier | None,
-    engine: EngineReport | None,
-    seconds: dict[str, float],
-) -> None:
-    from graphprune import __version__, display
-
-    verified = not options.no_verify
-    if options.json:
-        result: dict[str, Any] = {
-            "graphprune": __version__,
-            "input": str(options.model),
-            "output": str(target),
-            "plan": None if options.plan_out is None else str(options.plan_out),
-            "verified": verified,
-        }
-        if pruned is not None:
-            result |= pruned.report.to_dict()
-        else:
-            result |= {
-                "bytes": {"before": size, "after": size},
-                "seconds": seconds,
-            }  # zeros take as much room
-        if sparsifier is not None:
-            result["sparsity"] = sparsifier.report.to_dict()
-        if engine is not None:
-            result["engine"] = engine.to_dict()
-        display.print_json(result)
-        return
-    if options.quiet:
-        return
-    if pruned is not None:
-        display.print_report(pruned.report, options.model, str(target), verified=verified)
-        if options.verbose:
-            display.print_groups(pruned.report.groups, pruned.report.plan, members=options.verbose > 1)
-    if sparsifier is not None:
-        from graphprune.sparsity.tables import print_sparsity
-
-        print_sparsity(
-            sparsifier.report,
-            None if pruned is not None else (options.model, str(target), seconds),
-            verified=verified,
-            weights=options.verbose > 0,
-        )
-    if engine is not None:
-        from graphprune.tensorrt.tables import print_engine
-
-        print_engine(engine)
-    if pruning is not None and options.sensitivity is not None:
-        display.print_curves(pruning.selection.curves, pruning.network.groups)
