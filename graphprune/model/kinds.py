@@ -60,7 +60,7 @@ def as_ir(model: object) -> tuple[ir.Model, Callable[[ir.Model], Any]]:
     if isinstance(model, (str, os.PathLike)):
         return load(os.fspath(model)), _identity
     if type(model).__module__.partition(".")[0] == "onnx_graphsurgeon":
-        return _from_graphsurgeon(model), _to_graphsurgeon
+        return _import_warning(model), _export_warning
     import onnx
     import onnx_ir as ir
 
@@ -172,7 +172,70 @@ def _renamable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     )
 
 
-def _from_graphsurgeon(graph: Any) -> ir.Model:
+def to_graphsurgeon(model: object) -> tuple[Any, list[str]]:
+    """A model as a graphsurgeon Graph, and what of it such a Graph cannot hold.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto, onnx_ir.Model or onnx_graphsurgeon.Graph
+        Never changed.
+
+    Returns
+    -------
+    graph : onnx_graphsurgeon.Graph
+        Weights of external files are read: a Graph does not know where those lie.
+    losses : list of str
+        What the Graph lacks; empty if it holds all of the model.
+
+    Raises
+    ------
+    OptionError
+        For any other kind of object, or where graphsurgeon cannot be imported.
+    ModelError
+        If the model is invalid: see :func:`graphprune.model.load`.
+    """
+    import onnx_ir as ir
+
+    _graphsurgeon()  # said before the work
+    source, _ = as_ir(model)
+    for graph in all_graphs(source):
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = ir.Tensor(
+                    value.const_value.numpy().copy(), dtype=value.const_value.dtype, name=value.name
+                )
+    return _to_graphsurgeon(source)
+
+
+def from_graphsurgeon(graph: object) -> tuple[ir.Model, list[str]]:
+    """A graphsurgeon Graph as an ``onnx_ir.Model``, and what the way there changed.
+
+    Parameters
+    ----------
+    graph : onnx_graphsurgeon.Graph
+        Never changed.
+
+    Returns
+    -------
+    model : onnx_ir.Model
+        An independent, checked model.
+    losses : list of str
+        What is different; empty if nothing is.
+
+    Raises
+    ------
+    OptionError
+        If it is no Graph, or graphsurgeon cannot be imported.
+    ModelError
+        If the Graph makes no valid model.
+    """
+    gs = _graphsurgeon()
+    if not isinstance(graph, gs.Graph):
+        raise OptionError(f"an object of type {type(graph).__name__} is no onnx_graphsurgeon.Graph")
+    return _from_graphsurgeon(graph)
+
+
+def _from_graphsurgeon(graph: Any) -> tuple[ir.Model, list[str]]:
     """Export a graphsurgeon Graph; its outer-scope constants are not repeated in subgraphs."""
     import onnx
 
@@ -183,24 +246,36 @@ def _from_graphsurgeon(graph: Any) -> ir.Model:
         duplicate.import_domains = domains
         duplicate.producer_name, duplicate.producer_version = graph.producer_name, graph.producer_version
         proto = gs.export_onnx(duplicate)
+        tensors = graph.tensors()
         lost = [
             f"element type {onnx.helper.tensor_dtype_to_string(tensor.data_type)} of {tensor.name!r}, which was"
-            f" {graph.tensors()[tensor.name].dtype}"
+            f" {tensors[tensor.name].dtype}"
             for tensor in proto.graph.initializer
-            if _changed(graph.tensors()[tensor.name].dtype, tensor.data_type)
+            if _changed(tensors[tensor.name].dtype, tensor.data_type)
         ]
         _share_outer(proto.graph.node, {tensor.name for tensor in proto.graph.initializer})
-    _warn("exporting the graphsurgeon Graph changed", lost)
-    return _from_proto(proto, "the graphsurgeon Graph")
+    return _from_proto(proto, "the graphsurgeon Graph"), lost
 
 
-def _to_graphsurgeon(model: ir.Model) -> Any:
+def _to_graphsurgeon(model: ir.Model) -> tuple[Any, list[str]]:
     """Import into graphsurgeon, which has no place for some of what ONNX models hold."""
     gs = _graphsurgeon()
     proto = to_proto(model)
-    _warn("graphsurgeon Graphs cannot hold, and the result lacks,", _graphsurgeon_lacks(proto))
+    lacks = _graphsurgeon_lacks(proto)
     with explained("the result"):
-        return gs.import_onnx(proto)
+        return gs.import_onnx(proto), lacks
+
+
+def _import_warning(graph: Any) -> ir.Model:
+    model, losses = _from_graphsurgeon(graph)
+    _warn("exporting the graphsurgeon Graph changed", losses)
+    return model
+
+
+def _export_warning(model: ir.Model) -> Any:
+    graph, losses = _to_graphsurgeon(model)
+    _warn("graphsurgeon Graphs cannot hold, and the result lacks,", losses)
+    return graph
 
 
 def _graphsurgeon_lacks(proto: onnx.ModelProto) -> list[str]:
