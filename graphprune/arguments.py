@@ -249,7 +249,7 @@ def _sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     sparsity.add_argument(
         "--nm-method",
         metavar="NAME",
-        help="which weights stay: magnitude, wanda, sparsegpt (default: sparsegpt with --calib, else magnitude)",
+        help="which weights stay: magnitude, wanda, sparsegpt, alps (default: alps with --calib, else magnitude)",
     )
     sparsity.add_argument(
         "--permute",

@@ -258,8 +258,8 @@ def sparsify(
         model: A path, an ``onnx.ModelProto``, an ``onnx_ir.Model`` or an onnx-graphsurgeon graph; never changed.
         pattern: "2:4" or the like, or a value of :mod:`graphprune.sparsity.pattern`.
         target: The runtime whose rules say which weights can have it: "tensorrt", "onnxruntime" or "any".
-        method: How the elements that stay are chosen: "magnitude", "wanda" or "sparsegpt"; None: the last where there
-            are inputs, else the first.
+        method: How the elements that stay are chosen: "magnitude", "wanda", "sparsegpt" or "alps"; None: the last where
+            there are inputs (sparsegpt without ``refit``), else the first.
         refit: Fit what stays, and biases, to the original's outputs; None: where there are inputs.
         permute: First reorder channels, so that larger elements stay; None: where there are inputs.
         permute_seconds: How long an order may be looked for.

@@ -102,8 +102,8 @@ def test_inputs_choose_and_fit(cli: Cli) -> None:
     result = cli("net.onnx", "--nm", "2:4", "--calib", "calib.npz", "--permute-seconds", "1", "--json")
     assert result.code == 0, result.err
     sparsity = json.loads(result.out)["sparsity"]
-    assert sparsity["method"] == "sparsegpt + refit + permutation"
-    assert {e["method"] for e in sparsity["weights"] if e["eligible"]} == {"sparsegpt"}
+    assert sparsity["method"] == "alps + refit + permutation"
+    assert {e["method"] for e in sparsity["weights"] if e["eligible"]} == {"alps"}
     assert cli("inspect", "net.pruned.onnx", "--require", "2:4").code == 0
     plain = cli(
         "net.onnx",

@@ -197,6 +197,7 @@ def test_no_weight_is_an_error_with_the_reasons() -> None:
         {"method": "wanda"},
         {"refit": True},
         {"method": "sparsegpt"},
+        {"method": "alps"},
     ],
 )
 def test_what_needs_inputs_says_so(settings: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 #: Ways to choose which elements stay; all but the first need inputs.
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class SparsitySettings:
     Attributes:
         pattern: What each weight is to hold.
         target: The runtime that it is for: "tensorrt", "onnxruntime" or "any".
-        method: How the elements that stay are chosen: "magnitude", "wanda", "sparsegpt"; None for sparsegpt where there
-            are inputs and magnitude where there are none.
+        method: How the elements that stay are chosen: "magnitude", "wanda", "sparsegpt" or "alps"; None for the last
+            where there are inputs and what stays is fitted, sparsegpt where it is not, magnitude without inputs.
         refit: Fit what stays to the original's outputs; None for wherever there are inputs.
         permute: Reorder channels first, so that the elements that stay are larger; None for wherever there are inputs.
         permute_seconds: How long the search for an order may take.
@@ -84,8 +84,8 @@ class SparsitySettings:
                 raise OptionError(
                     f"channels are reordered for N:M patterns of single weights, not for {self.pattern}"
                 )
-            if self.method == "sparsegpt":
-                raise OptionError(f"sparsegpt chooses N:M patterns of single weights, not {self.pattern}")
+            if self.method not in (None, "magnitude") or self.refit:
+                raise OptionError(f"inputs choose and fit N:M patterns of single weights, not {self.pattern}")
 
 
 class Sparsifier:
@@ -120,8 +120,13 @@ class Sparsifier:
         self._verifies = verify
         plain = isinstance(settings.pattern, NM) and settings.pattern.block == (1, 1)
         given = calibration is not None
-        self.method = settings.method or ("sparsegpt" if given and plain else "magnitude")
         self.refit = (given and plain) if settings.refit is None else settings.refit
+        by_inputs = "alps" if self.refit else "sparsegpt"
+        self.method = settings.method or (by_inputs if given and plain else "magnitude")
+        if given and self.method == "alps" and not self.refit:
+            raise OptionError(
+                "alps chooses weights that are fitted afterwards: leave the repair on, or take sparsegpt"
+            )
         self.permute = (given and plain) if settings.permute is None else settings.permute
         if not given and (self.method != "magnitude" or self.refit):
             what = self.method if self.method != "magnitude" else "a refit"
@@ -227,13 +232,10 @@ class Sparsifier:
                 progress=lambda done: self._part("permutation")(round(100 * done), 100),
             )
         self.report.permutation = done.to_dict()
-        fresh = {site.name: site for site in find_sites(self.model)}
         # An order that one use of a weight needs and another does not gives it a weight of its own.
-        self.sites = {
-            fresh[entry.name].value: (fresh[entry.name], entry)
-            for _, entry in self.sites.values()
-            if entry.name in fresh
-        }
+        self.report.weights.clear()
+        self.report.notes.clear()
+        self.sites = self._find()
 
     def _reconstruct(self) -> None:
         """Choose and fit by inputs."""
