@@ -136,3 +136,35 @@ def test_a_table_for_people(cli: Cli) -> None:
     assert result.code == 0
     for words in ("TensorRT 11", "3 of 3 that can be 2:4 hold it", "UNKNOWN"):
         assert words in result.out
+
+
+def test_the_whole_chain_casts_too(cli: Cli) -> None:
+    result = cli(
+        "net.onnx",
+        "--channels",
+        "0.3",
+        "--nm",
+        "2:4",
+        "--precision",
+        "fp16",
+        "--tensorrt",
+        "net.plan",
+        *SHAPES,
+        "--json",
+    )
+    assert result.code == 0, result.err
+    data = result.json
+    assert data["parameters"]["after"] < data["parameters"]["before"]
+    assert data["precision"]["lowered"]["Conv"] == 2
+    assert max(data["precision"]["max_error"].values()) < 0.1
+    assert data["engine"]["verdict"]["verdict"] == "UNKNOWN"  # no longer float32; only an engine can tell
+    assert len(data["engine"]["verdict"]["holding"]) == 3
+    assert cli("inspect", "net.pruned.onnx", "--require", "2:4").code == 0
+
+
+def test_casting_alone_and_its_exceptions(cli: Cli) -> None:
+    assert cli("net.onnx", "--precision", "bf16", "--keep-float32", "Gemm").code == 0
+    types = {tensor.name: tensor.data_type for tensor in onnx.load("net.pruned.onnx").graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in types.values()
+    assert types["gemm.w"] == onnx.TensorProto.FLOAT
+    assert cli("net.onnx", "--nm", "2:4", "--keep-float32", "Gemm").code == 2
