@@ -372,6 +372,12 @@ class _Casting:
         report = self.report
         report.lowered = [LoweredNode(title(node), kind_of(node)) for node in choice.lowered]
         report.kept = [KeptNode(title(node), kind_of(node), why) for node, why in choice.kept.items()]
+        held = Counter(kept.reason for kept in report.kept if kept.op.rpartition("::")[2] in CONTRACTIONS)
+        if held:
+            report.notes.append(
+                f"{held.total()} of {sum(report.contractions)} contractions stay float32, most of them because"
+                f" {held.most_common(1)[0][0]}"
+            )
         if choice.lowered:
             _inline_all(self.model)
             for node, other in zip(work.graph.all_nodes(), self.model.graph.all_nodes(), strict=True):

@@ -25,7 +25,7 @@ from graphprune.precision.formats import (
     READS_TINY,
     Format,
 )
-from graphprune.precision.stored import greatest
+from graphprune.precision.stored import LAZY_FROM, greatest
 from graphprune.precision.typing import Operands, low_operands, types_of, version_of
 
 #: Key of the metadata of nodes that a measurement kept in float32: another pass must not decide otherwise.
@@ -253,7 +253,7 @@ class Chooser:
                             todo.append(reader)
 
     def _drop_unworthy(self, lowered: dict[ir.Node, Operands], keep: Callable[[ir.Node, str], None]) -> None:
-        """Keep islands without a contraction: the casts around them cost more than they gain."""
+        """Keep islands without a contraction or a large weight: the casts around them cost more than they gain."""
         left = dict(lowered)
         while left:
             start = next(iter(left))
@@ -261,7 +261,8 @@ class Chooser:
             del left[start]
             while todo:
                 node = todo.pop()
-                worthy = worthy or node.op_type in CONTRACTIONS or (self.io and self._at_border(node))
+                worthy = worthy or node.op_type in CONTRACTIONS or self._reads_weight(node, lowered[node])
+                worthy = worthy or (self.io and self._at_border(node))
                 for other in _linked(node, lowered):
                     if other in left:
                         del left[other]
@@ -270,6 +271,12 @@ class Chooser:
             if not worthy:
                 for node in island:
                     keep(node, f"no contraction in {self.low.title} is next to it")
+
+    @staticmethod
+    def _reads_weight(node: ir.Node, operands: Operands) -> bool:
+        values = [node.inputs[slot] for slot in operands.inputs]
+        stored = [stored_tensor(v) for v in values if v is not None and is_constant_value(v)]
+        return any(tensor is not None and tensor.size >= LAZY_FROM for tensor in stored)
 
     def _at_border(self, node: ir.Node) -> bool:
         inputs = set(self.model.graph.inputs)

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from graphprune.graph import Graph
 from graphprune.model import copy, save
 from graphprune.model.nodes import captured, is_constant_value, subgraphs
+from graphprune.model.stream import release
 from graphprune.precision.choice import Choice, all_nodes, kind_of
 from graphprune.precision.emulation import emulate
 from graphprune.precision.formats import MOVEMENT, Format
@@ -105,7 +106,7 @@ class Comparison:
             [values[value] for value in filled if value is not None and value in values],
         )
         path = self.path("original.onnx")
-        save(probed, path)
+        _write(probed, path)
         reference = Reference([], [])
         with open_session(path, "the original") as session:
             for index, feed in enumerate(feeds):
@@ -243,7 +244,7 @@ class Comparison:
         names = [value.name or "" for value in values]
         exposed = copy(self.model)
         self._expose(exposed, names)
-        save(exposed, self.path("exposed.onnx"))
+        _write(exposed, self.path("exposed.onnx"))
         self._expose(candidate, names)
         emulate(candidate, self.low.dtype)
         save(candidate, self.path("emulated.onnx"))
@@ -269,6 +270,15 @@ class Comparison:
             if after > before:
                 harm[node] = after - before if np.isfinite(after) else np.inf
         return dict(sorted(harm.items(), key=lambda item: -item[1]))
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """Write a model, and let go of the files that it was read from."""
+    save(model, path)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                release(value.const_value)
 
 
 def values_of(model: ir.Model) -> Iterator[ir.Value]:

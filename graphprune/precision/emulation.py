@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphprune.model.nodes import is_constant_value, stored_tensor
 from graphprune.model.splice import Splicer
 from graphprune.precision.choice import all_nodes, kind_of
-from graphprune.precision.stored import cast_tensor
+from graphprune.precision.stored import LAZY_FROM, cast_tensor
 
 
 def emulate(model: ir.Model, dtype: ir.DataType) -> None:
@@ -26,9 +26,13 @@ def emulate(model: ir.Model, dtype: ir.DataType) -> None:
     nodes = list(all_nodes(model))
     for graph in list(model.graphs()):
         for value in graph.initializers.values():
-            if value.const_value is not None and value.const_value.dtype == dtype:
+            if value.const_value is None or value.const_value.dtype != dtype:
+                continue
+            if value.const_value.size < LAZY_FROM or value.is_graph_input():
                 value.const_value = cast_tensor(value.const_value, ir.DataType.FLOAT, value.name)
                 value.type = ir.TensorType(ir.DataType.FLOAT)
+            else:  # widened when it is read: half as much to write, and to hold
+                _widen(splice, value, graph)
         for value in graph.inputs:
             if value.dtype == dtype and not value.is_initializer():
                 _round(splice, value, graph, dtype)
@@ -50,6 +54,16 @@ def _widen_constant(node: ir.Node, dtype: ir.DataType) -> None:
         widened = ir.Tensor(cast_tensor(stored, ir.DataType.FLOAT, stored.name).numpy(), name=stored.name)
         node.attributes["value"] = ir.AttrTensor("value", widened)
         value.type = ir.TensorType(ir.DataType.FLOAT)
+
+
+def _widen(splice: Splicer, value: ir.Value, graph: ir.Graph) -> None:
+    """Everybody reads a stored weight through a Cast to float32."""
+    readers = list(value.uses())
+    up = ir.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, name=splice.fresh(f"{value.name}_widened"))
+    up.outputs[0].name, up.outputs[0].type = f"{up.name}_output", ir.TensorType(ir.DataType.FLOAT)
+    graph.insert_before(graph[0], up)
+    for reader, slot in readers:
+        reader.replace_input_with(slot, up.outputs[0])
 
 
 def _round(splice: Splicer, value: ir.Value, graph: ir.Graph, dtype: ir.DataType) -> None:
