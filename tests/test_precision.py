@@ -1,128 +1,35 @@
-"""The precision pass: each of its rules on a network made for it, judged by what is written and by ONNX Runtime."""
+"""What the precision pass lowers: each of its rules on a network made for it."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx_ir as ir
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphprune.calibration import Calibration
-from graphprune.errors import OptionError, VerificationError
-from graphprune.graph.twin import build_twin
-from graphprune.model import as_ir, load, save, to_proto
-from graphprune.passes.cast_precision import CastPrecisionPass, PrecisionReport, cast_precision
-from graphprune.precision import comparison as comparisons
-from graphprune.precision.choice import Chooser
-from graphprune.precision.elements import element_types
-from graphprune.precision.formats import DENIED, EXACT, FORMATS, Format, find_format
+from graphprune.errors import OptionError
+from graphprune.model import as_ir
+from graphprune.passes.cast_precision import cast_precision
+from graphprune.precision.formats import DENIED, EXACT, FORMATS, find_format
 from graphprune.precision.typing import find_schema
 
-FLOAT, HALF, BRAIN = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
-
-
-def network(
-    nodes: Sequence[onnx.NodeProto],
-    constants: Mapping[str, np.ndarray] | None = None,
-    inputs: Mapping[str, Sequence[int | str]] | None = None,
-    outputs: Sequence[str] = ("y",),
-    opset: int = 18,
-    **graph: Any,
-) -> onnx.ModelProto:
-    """A model of some nodes; inputs are float32 unless their names begin with an i."""
-    infos = [
-        helper.make_tensor_value_info(name, TensorProto.INT64 if name.startswith("i") else FLOAT, shape)
-        for name, shape in (inputs or {"x": (2, 16)}).items()
-    ]
-    made = helper.make_graph(
-        list(nodes),
-        "network",
-        infos,
-        [helper.make_empty_tensor_value_info(name) for name in outputs],
-        [numpy_helper.from_array(np.asarray(array), name) for name, array in (constants or {}).items()],
-        **graph,
-    )
-    opsets = [helper.make_opsetid("", opset)]
-    if any(node.domain for node in nodes):
-        opsets += [helper.make_opsetid(domain, 1) for domain in {n.domain for n in nodes if n.domain}]
-    model = helper.make_model(made, opset_imports=opsets, ir_version=10)
-    inferred = {value.name: value for value in onnx.shape_inference.infer_shapes(model).graph.output}
-    for output in model.graph.output:
-        output.CopyFrom(inferred[output.name])
-        if not output.type.tensor_type.HasField("shape"):
-            output.CopyFrom(helper.make_tensor_value_info(output.name, FLOAT, ("rows", "columns")))
-    return model
-
-
-def weight(*shape: int) -> np.ndarray:
-    """Random, and the same for the same shape."""
-    return np.asarray(np.random.default_rng(shape).standard_normal(shape) / np.sqrt(shape[0]), np.float32)
-
-
-def dense(name: str, x: str, y: str) -> onnx.NodeProto:
-    """A product with the constant ``name.w``."""
-    return helper.make_node("MatMul", [x, f"{name}.w"], [y], name)
-
-
-def cast(
-    model: onnx.ModelProto, precision: str = "fp16", **options: Any
-) -> tuple[onnx.ModelProto, PrecisionReport]:
-    """The model in low precision, checked and, where ONNX Runtime can, loaded."""
-    made, _ = as_ir(model)
-    report = cast_precision(made, precision, **options)
-    proto = to_proto(made)
-    onnx.checker.check_model(proto, full_check=True)
-    if precision == "fp16":
-        session(proto)
-    return proto, report
-
-
-def session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-
-
-def types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element types of all values of the main graph, as ONNX's own inference finds them."""
-    bare = onnx.ModelProto()
-    bare.CopyFrom(model)
-    del bare.graph.value_info[:]
-    graph = onnx.shape_inference.infer_shapes(bare, strict_mode=True).graph
-    found = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.input, *graph.output)}
-    return found | {tensor.name: tensor.data_type for tensor in graph.initializer}
-
-
-def result_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Element type of what each named node makes."""
-    known = types(model)
-    return {node.name: known[node.output[0]] for node in model.graph.node if node.name}
-
-
-def names(report: PrecisionReport) -> set[str]:
-    """The nodes that compute in the low format."""
-    return {lowered.node for lowered in report.lowered}
-
-
-def reasons(report: PrecisionReport) -> dict[str, str]:
-    return {kept.node: kept.reason for kept in report.kept}
-
-
-def chain() -> onnx.ModelProto:
-    return network(
-        [dense("first", "x", "a"), helper.make_node("Relu", ["a"], ["b"], "relu"), dense("second", "b", "y")],
-        {"first.w": weight(16, 32), "second.w": weight(32, 8)},
-    )
-
+from .precision_networks import (
+    BRAIN,
+    FLOAT,
+    HALF,
+    cast,
+    chain,
+    dense,
+    names,
+    network,
+    norm,
+    reasons,
+    result_types,
+    session,
+    types,
+    weight,
+)
 
 # -- the formats -----------------------------------------------------------------------------------------------------
 
@@ -303,6 +210,19 @@ def test_islands_without_a_contraction_stay() -> None:
     assert "no contraction" in reasons(report)["island"]
 
 
+@pytest.mark.parametrize(("rows", "low"), [(10, False), (9000, True)])
+def test_large_tables_are_stored_low_wherever_they_are_read(rows: int, low: bool) -> None:
+    """An embedding whose rows go into a float32 op at once: what counts is the memory that it takes."""
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["a"], "gather"),
+        helper.make_node("LpNormalization", ["a"], ["b"], "norm"),
+        dense("first", "b", "y"),
+    ]
+    constants = {"table": weight(rows, 8), "first.w": weight(8, 8)}
+    model, _ = cast(network(nodes, constants, {"ids": (3,)}))
+    assert types(model)["table"] == (HALF if low else FLOAT)
+
+
 # -- one cast a value ------------------------------------------------------------------------------------------------
 
 
@@ -372,26 +292,6 @@ def test_output_that_is_read_too_keeps_name_and_type() -> None:
 
 
 # -- constants that do not survive -----------------------------------------------------------------------------------
-
-
-def norm(epsilon: float) -> onnx.ModelProto:
-    """A product, divided by its root mean square, and another product."""
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("Mul", ["a", "a"], ["square"], "square"),
-        helper.make_node("ReduceMean", ["square", "axis"], ["mean"], "mean"),
-        helper.make_node("Add", ["mean", "epsilon"], ["more"], "add"),
-        helper.make_node("Sqrt", ["more"], ["root"], "sqrt"),
-        helper.make_node("Div", ["a", "root"], ["b"], "div"),
-        dense("second", "b", "y"),
-    ]
-    constants = {
-        "first.w": weight(16, 8),
-        "second.w": weight(8, 8),
-        "axis": np.array([-1]),
-        "epsilon": np.array(epsilon, np.float32),
-    }
-    return network(nodes, constants)
 
 
 @pytest.mark.parametrize(("epsilon", "survives"), [(1e-5, True), (1e-6, True), (1e-9, False), (1e-12, False)])
@@ -533,320 +433,3 @@ def test_what_an_index_is_computed_from_stays() -> None:
     assert [found[name] for name in ("scale", "floor")] == [FLOAT] * 2
     assert found["sigmoid"] == HALF
     assert "an index is computed from it" in reasons(report)["floor"]
-
-
-# -- ranges ----------------------------------------------------------------------------------------------------------
-
-
-def squares() -> onnx.ModelProto:
-    """A network that squares large values, and scales them down again."""
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("Mul", ["a", "a"], ["square"], "square"),
-        helper.make_node("Mul", ["square", "small"], ["b"], "shrink"),
-        dense("second", "b", "y"),
-    ]
-    constants = {
-        "first.w": weight(16, 8),
-        "second.w": weight(8, 8),
-        "small": np.array(1e-3, np.float32),
-    }
-    return network(nodes, constants, {"x": ("batch", 16)})
-
-
-def given(scale: float, samples: int = 24) -> Calibration:
-    x = np.random.default_rng(1).standard_normal((samples, 16)).astype(np.float32) * np.float32(scale)
-    return Calibration({"x": x}, {})
-
-
-def test_overflow_is_found_on_calibration_inputs() -> None:
-    _, report = cast(squares(), calibration=given(1.0))
-    assert "square" in names(report)
-    original = squares()
-    model, report = cast(original, calibration=given(200.0))
-    found = result_types(model)
-    assert [found[name] for name in ("square", "shrink")] == [FLOAT] * 2
-    assert [found[name] for name in ("first", "second")] == [HALF] * 2
-    # the value that is named is the greatest of all batches, not of the first
-    x = np.asarray(given(200.0).inputs["x"])
-    top = float(((x @ numpy_helper.to_array(original.graph.initializer[0])) ** 2).max())
-    assert f"'square' reaches {top:.4g}, more than half the range of float16" == reasons(report)["square"]
-    _, brain = cast(squares(), "bf16", calibration=given(200.0))
-    assert "square" in names(brain)
-
-
-def test_random_inputs_are_said_to_be_random() -> None:
-    _, report = cast(chain())
-    assert any("random inputs" in note for note in report.notes)
-    _, report = cast(chain(), calibration=given(1.0, 2))
-    assert not report.notes
-
-
-# -- verification ----------------------------------------------------------------------------------------------------
-
-
-def cancelling() -> onnx.ModelProto:
-    """``x + 1000 - 1000``: the roundings of the sum are as large as what comes out."""
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("Add", ["a", "much"], ["b"], "add"),
-        helper.make_node("Sub", ["b", "much"], ["c"], "sub"),
-        dense("second", "c", "d"),
-        helper.make_node("Relu", ["d"], ["e"], "relu"),
-        dense("third", "e", "y"),
-    ]
-    constants = {f"{name}.w": weight(16, 16) for name in ("first", "second", "third")}
-    return network(nodes, constants | {"much": np.array(1000, np.float32)})
-
-
-def test_nodes_that_do_harm_are_found_and_kept() -> None:
-    model, report = cast(cancelling())
-    found = result_types(model)
-    assert [found[name] for name in ("add", "sub")] == [FLOAT] * 2
-    assert [found[name] for name in ("second", "third")] == [HALF] * 2
-    assert reasons(report)["sub"] == "lowered, it leaves 'y' off by more than the bound"
-    assert report.max_error["y"] <= report.bounds["y"]
-    _, without = cast(cancelling(), verify=False)
-    assert "sub" in names(without)
-    assert not without.max_error
-
-
-def test_it_is_refused_if_nothing_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphprune.precision.formats.BOUND_FACTOR", 1e-9)
-    made, _ = as_ir(chain())
-    before = to_proto(made).SerializeToString()
-    with pytest.raises(VerificationError, match=r"output 'y' in float16 is off by .* no choice of nodes"):
-        cast_precision(made, "fp16")
-    assert to_proto(made).SerializeToString() == before
-
-
-def rounded(array: np.ndarray, low: Format) -> np.ndarray:
-    return array.astype(low.dtype.numpy()).astype(np.float32)
-
-
-def test_emulation_rounds_every_result() -> None:
-    """The emulation equals NumPy with a rounding behind every op; ONNX Runtime's float16 does not."""
-    w = [weight(16, 16), weight(16, 16)]
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("Exp", ["a"], ["b"]),
-        helper.make_node("Log", ["b"], ["c"]),
-        dense("second", "c", "y"),
-    ]
-    original, _ = as_ir(network(nodes, {"first.w": w[0], "second.w": w[1]}))
-    x = np.random.default_rng(7).standard_normal((2, 16)).astype(np.float32)
-    for low in FORMATS.values():
-        twin = build_twin(original)
-        chooser = Chooser(original, twin, low)
-        with comparisons.Comparison(original, twin, chooser.types, low, io=False) as comparison:
-            candidate, _ = comparison.lowered(chooser.settle())
-            reference = comparison.run_original([{"x": x}], [], 1)
-            found = comparison.errors(reference, candidate, {"y": 1.0})["y"]
-
-        exact = np.log(np.exp(x @ w[0])) @ w[1]
-        a = rounded(rounded(x, low) @ rounded(w[0], low), low)
-        logs = rounded(np.log(rounded(np.exp(a), low)), low)
-        expected = rounded(logs @ rounded(w[1], low), low)
-        assert found == pytest.approx(float(np.abs(expected - exact).max() / np.abs(exact).max()), rel=0.02)
-
-
-def test_outputs_behind_a_jump_are_judged_by_what_enters_it() -> None:
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("TopK", ["a", "k"], ["top", "which"], "top"),
-        helper.make_node("Gather", ["table", "which"], ["y"], "gather"),
-    ]
-    # two columns that are equal but for less than float16 tells apart
-    w = weight(16, 8)
-    w[:, 4:] = w[:, :4] * (1 + 1e-5)
-    table = np.arange(8, dtype=np.float32)
-    model, report = cast(network(nodes, {"first.w": w, "table": table, "k": np.array([1])}))
-    assert result_types(model)["first"] == HALF
-    assert report.max_error["a"] <= report.bounds["a"]
-
-
-# -- subgraphs and functions -----------------------------------------------------------------------------------------
-
-
-def with_if(branch_scale: float = 1.0) -> onnx.ModelProto:
-    def branch(name: str, scale: float) -> onnx.GraphProto:
-        nodes = [
-            dense("inner", "a", f"{name}_b"),
-            helper.make_node("Mul", [f"{name}_b", f"{name}_scale"], [f"{name}_c"], f"{name}_mul"),
-            helper.make_node("Mul", [f"{name}_c", f"{name}_c"], [f"{name}_y"], f"{name}_square"),
-        ]
-        output = helper.make_tensor_value_info(f"{name}_y", FLOAT, None)
-        own = [numpy_helper.from_array(np.array(scale, np.float32), f"{name}_scale")]
-        return helper.make_graph(nodes, name, [], [output], own)
-
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("ReduceSum", ["x"], ["s"], "sum", keepdims=0),
-        helper.make_node("Greater", ["s", "zero"], ["positive"], "greater"),
-        helper.make_node(
-            "If", ["positive"], ["b"], "if", then_branch=branch("then", branch_scale), else_branch=branch("else", 1)
-        ),
-        dense("second", "b", "y"),
-    ]  # fmt: skip
-    constants = {
-        "first.w": weight(16, 8),
-        "inner.w": weight(8, 8),
-        "second.w": weight(8, 8),
-        "zero": np.array(0, np.float32),
-    }
-    return network(nodes, constants, {"x": ("batch", 16)})
-
-
-def bodies(model: onnx.ModelProto) -> dict[str, onnx.GraphProto]:
-    node = next(node for node in model.graph.node if node.op_type == "If")
-    return {attribute.name: attribute.g for attribute in node.attribute}
-
-
-def test_bodies_are_lowered_inside_and_float32_at_their_borders() -> None:
-    model, _ = cast(with_if(), calibration=given(1.0))
-    for body in bodies(model).values():
-        assert body.node[-1].op_type == "Cast"
-        assert body.node[-1].attribute[0].i == FLOAT
-        assert sum(node.op_type == "Cast" for node in body.node) == 1  # the captured value comes down outside
-    assert types(model)["inner.w"] == HALF
-
-
-def test_overflow_inside_a_body_is_seen() -> None:
-    """Each branch is measured on the inputs that lead into it."""
-    x = np.asarray(given(1.0).inputs["x"])
-    both = np.concatenate([x * np.sign(x.sum()), -x * np.sign(x.sum())])  # eight samples make a batch
-    _, report = cast(with_if(1e3), calibration=Calibration({"x": both}, {}))
-    kept = reasons(report)
-    assert "reaches" in kept["then_square"]
-    assert "else_square" in names(report)
-
-
-def test_overflow_in_a_loop_is_seen_at_its_last_step() -> None:
-    body = helper.make_graph(
-        [
-            helper.make_node("Identity", ["keep"], ["keep_on"]),
-            dense("inner", "state", "a"),
-            helper.make_node("Mul", ["a", "eight"], ["next"], "grow"),
-        ],
-        "body",
-        [
-            helper.make_tensor_value_info("step", TensorProto.INT64, []),
-            helper.make_tensor_value_info("keep", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("state", FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("keep_on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", FLOAT, None),
-        ],
-    )
-
-    def looped(steps: int) -> onnx.ModelProto:
-        nodes = [
-            dense("first", "x", "a0"),
-            helper.make_node("Loop", ["steps", "", "a0"], ["b"], "loop", body=body),
-            helper.make_node("Mul", ["b", "tiny"], ["y"], "shrink"),
-        ]
-        constants = {
-            "first.w": weight(16, 8),
-            "inner.w": np.eye(8, dtype=np.float32),
-            "eight": np.array(8, np.float32),
-            "tiny": np.array(1e-4, np.float32),
-            "steps": np.array(steps),
-        }
-        return network(nodes, constants)
-
-    _, few = cast(looped(2))
-    assert "grow" in names(few)
-    _, many = cast(looped(6))
-    assert "'next' reaches" in reasons(many)["grow"]
-
-
-def test_functions_are_inlined() -> None:
-    body = helper.make_function(
-        "local",
-        "block",
-        ["a"],
-        ["c"],
-        [helper.make_node("Relu", ["a"], ["b"], "relu"), helper.make_node("Sin", ["b"], ["c"], "sin")],
-        [helper.make_opsetid("", 18)],
-    )
-    nodes = [
-        dense("first", "x", "a"),
-        helper.make_node("block", ["a"], ["b"], "call", domain="local"),
-        dense("second", "b", "y"),
-    ]
-    original = network(nodes, {"first.w": weight(16, 8), "second.w": weight(8, 8)})
-    original.functions.append(body)
-    model, _ = cast(original)
-    assert not model.functions
-    ops = [node.op_type for node in model.graph.node]
-    assert ops == ["Cast", "MatMul", "Relu", "Cast", "Sin", "Cast", "MatMul", "Cast"]
-
-
-# -- the whole -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [chain, cancelling, lambda: norm(1e-12), with_if, squares])
-@pytest.mark.parametrize("io", [False, True])
-def test_twice_is_once_and_always_the_same(make: Any, io: bool) -> None:
-    original = make()
-    options: dict[str, Any] = {"io": io, "calibration": given(200.0, 4)} if make is squares else {"io": io}
-    first, _ = cast(original, **options)
-    again, _ = cast(original, **options)
-    assert first.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
-    if not io:
-        twice, report = cast(first, **options)
-        assert not report.lowered
-        assert twice.SerializeToString(deterministic=True) == first.SerializeToString(deterministic=True)
-
-
-def test_external_weights_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight that lies in a file is converted when the result is written, and never held as a whole."""
-    array = np.random.default_rng(7).standard_normal((16, 300_000)).astype(np.float32)
-    nodes = [dense("first", "x", "a"), helper.make_node("ReduceMean", ["a", "axis"], ["y"], "mean")]
-    source = network(nodes, {"first.w": array, "axis": np.array([1])})
-    made, _ = as_ir(source)
-    save(made, tmp_path / "source.onnx", external_data=True)
-    model = load(tmp_path / "source.onnx")
-
-    def refuse(self: ir.ExternalTensor) -> np.ndarray:
-        if self.nbytes > 1 << 20:
-            raise AssertionError("the whole weight was read at once")
-        return original(self)
-
-    report = cast_precision(model, "fp16")
-    original = ir.ExternalTensor.numpy
-    monkeypatch.setattr(ir.ExternalTensor, "numpy", refuse)
-    save(model, tmp_path / "half.onnx")
-    monkeypatch.undo()
-    assert names(report) == {"first", "mean"}
-    half = onnx.load(str(tmp_path / "half.onnx"))
-    np.testing.assert_array_equal(numpy_helper.to_array(half.graph.initializer[0]), array.astype(np.float16))
-    assert (tmp_path / "half.onnx.data").stat().st_size < 0.51 * (
-        tmp_path / "source.onnx.data"
-    ).stat().st_size
-
-
-def test_the_pass_composes_and_reports() -> None:
-    made, _ = as_ir(chain())
-    step = CastPrecisionPass("bf16")
-    result = ir.passes.Sequential(step)(made)
-    assert result.modified
-    assert step.report is not None
-    found = step.report.to_dict()
-    assert found["lowered"] == {"MatMul": 2, "Relu": 1}
-    assert any("emulation" in note for note in found["notes"])
-    assert step.report.contractions == (2, 0)
-    assert not step(made).modified
-
-
-def test_element_types_of_contractions() -> None:
-    model, _ = as_ir(chain())
-    assert [(c.node, c.weight, c.weight_type, c.is_half) for c in element_types(model)] == [
-        ("first", "first.w", "FLOAT", False),
-        ("second", "second.w", "FLOAT", False),
-    ]
-    cast_precision(model, "fp16", deny=["second"])
-    found = {c.node: c for c in element_types(model)}
-    assert found["first"].is_half
-    assert (found["second"].weight_type, found["second"].activation_type) == ("FLOAT", "FLOAT")
