@@ -66,7 +66,7 @@ def main() -> None:
             for more in ([], ["--json"])
         )
         before, after = right(folder / "digits.onnx"), right(folder / "digits.small.onnx")
-        script = (folder / "digits.trt.sh").read_text()
+        script = (folder / "digits.small.trt.sh").read_text()
     lines = [
         "# The whole chain on the network that is shipped",
         "",
