@@ -15,6 +15,7 @@ from graphprune.errors import VerificationError
 from graphprune.graph.twin import build_twin
 from graphprune.model import copy
 from graphprune.model.inlining import inline
+from graphprune.model.nodes import stored_tensor, subgraphs
 from graphprune.precision.choice import MARK, Choice, Chooser, kind_of, title
 from graphprune.precision.comparison import Comparison, Reference, lower
 from graphprune.precision.formats import CONTRACTIONS, Format, find_format
@@ -64,7 +65,7 @@ class PrecisionReport:
         kept: Nodes with float32 operands that do not.
         casts: Cast nodes that were put in.
         weights: Constants that are stored in the low format; ``doubled`` of them in float32 too.
-        bytes_before, bytes_after: What the initializers take.
+        bytes_before, bytes_after: What the constants take.
         max_error: How far each output is from the original's, relative to its greatest magnitude, where every low
             result is rounded (:mod:`graphprune.precision.emulation`); empty if not verified.
         runtime_error: The same as ONNX Runtime computes the model on the CPU; empty if it cannot.
@@ -394,12 +395,12 @@ def _inline_all(model: ir.Model) -> None:
 
 
 def _bytes(model: ir.Model) -> int:
-    return sum(
-        value.const_value.nbytes
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if value.const_value is not None
-    )
+    """What initializers and Constant nodes take."""
+    values = [
+        *(value for graph in model.graphs() for value in graph.initializers.values()),
+        *(node.outputs[0] for node in model.graph.all_nodes() if kind_of(node) == "Constant"),
+    ]
+    return sum(tensor.nbytes for value in values if (tensor := stored_tensor(value)) is not None)
 
 
 def _operands(choice: Choice) -> list[ir.Value]:
@@ -432,6 +433,4 @@ def _with_producers(nodes: Sequence[ir.Node], choice: Choice) -> list[ir.Node]:
 
 
 def _bodies(node: ir.Node) -> list[ir.Node]:
-    from graphprune.model.nodes import subgraphs
-
     return [inner for graph in subgraphs(node) for inner in graph.all_nodes()]
