@@ -341,6 +341,24 @@ def test_weights_are_seen_in_subgraphs_functions_and_constants() -> None:
     assert found["outer"].layout == Layout(1, 8, 8, 8, 2, 1)
 
 
+def test_a_weight_that_is_computed_from_constants_is_named() -> None:
+    weights = {"a": normal(8, 4), "b": normal(8, 3), "s": np.array(2, np.float32), "w": normal(7, 8)}
+    nodes = [
+        helper.make_node("Concat", ["a", "b"], ["c"], "join", axis=1),
+        helper.make_node("Mul", ["c", "s"], ["d"], "scale"),
+        helper.make_node("MatMul", ["x", "d"], ["e"]),
+        helper.make_node("MatMul", ["e", "w"], ["f"]),
+        helper.make_node("Shape", ["w"], ["g"]),
+        helper.make_node("Gather", ["g", "i"], ["h"]),
+        helper.make_node("Cast", ["h"], ["j"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["f", "j"], ["y"]),
+    ]
+    found = sites(model(nodes, (3, 8), {**weights, "i": np.array(0)}))
+    assert set(found) == {"a", "w"}
+    assert found["a"].reason == "Mul 'scale' computes the weight from it"
+    assert found["w"].reason is None  # that its size is asked for changes nothing
+
+
 def test_graph_outputs_and_packed_types_are_reasons() -> None:
     proto = model(
         [helper.make_node("Identity", ["w"], ["y"]), helper.make_node("MatMul", ["x", "w"], ["z"])],

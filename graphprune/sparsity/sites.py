@@ -33,6 +33,8 @@ ELEMENT_TYPES = frozenset(
         ir.DataType.UINT8,
     }
 )
+#: Ops whose result does not hang on the contents of what they read.
+_SIZES = {"Shape", "Size"}
 #: Ops that only carry a weight: what is zero before is zero behind.
 _CARRIERS = {"Identity", "Cast", "CastLike", "Transpose", "QuantizeLinear", "DequantizeLinear"}
 
@@ -152,6 +154,8 @@ class _Walk:
         weights = {
             weight.slot: weight for weight in contracted_weights(node.domain, node.op_type, attributes)
         }
+        if not weights and all(stored for stored, value in zip(operands, node.inputs, strict=True) if value):
+            return  # of constants alone: whoever reads the result reads them
         name = node.name or next((o.name for o in node.outputs if o.name), "") or node.op_type
         for slot, stored in enumerate(operands):
             if stored is None:
@@ -207,8 +211,10 @@ class _Walk:
         if tensor is not None:
             return _Stored(value, tuple(range(len(tensor.shape))))
         node = value.producer()
-        if node is None or not _is_carrier(node) or not node.inputs or node.inputs[0] is None:
+        if node is None or not node.inputs or node.inputs[0] is None:
             return None
+        if not _is_carrier(node):
+            return self._computed(node, seen)
         source = self.stored(node.inputs[0], seen)
         if source is None:
             return None
@@ -222,6 +228,24 @@ class _Walk:
                 obstacle = "its zero point is not 0: a zero of the weight is not stored as one"
                 return _Stored(source.value, source.axes, obstacle)
         return source
+
+    def _computed(self, node: ir.Node, seen: dict[ir.Value, _Stored | None]) -> _Stored | None:
+        """What an op makes of constants alone: the largest of them, with the op as the obstacle."""
+        if node.op_type in _SIZES or subgraphs(node) or node.op_identifier() in self.model.functions:
+            return None
+        sources = [self.stored(value, seen) for value in node.inputs if value is not None]
+        constants = [source for source in sources if source is not None]
+        if len(constants) < len(sources):
+            return None
+        largest = max(constants, key=_elements)
+        return _Stored(
+            largest.value, largest.axes, f"{node.op_type} {node.name!r} computes the weight from it"
+        )
+
+
+def _elements(stored: _Stored) -> int:
+    tensor = stored_tensor(stored.value)
+    return 0 if tensor is None else tensor.size
 
 
 def _is_carrier(node: ir.Node) -> bool:
