@@ -345,7 +345,10 @@ def test_a_weight_that_is_computed_from_constants_is_named() -> None:
     weights = {"a": normal(8, 4), "b": normal(8, 3), "s": np.array(2, np.float32), "w": normal(7, 8)}
     nodes = [
         helper.make_node("Concat", ["a", "b"], ["c"], "join", axis=1),
-        helper.make_node("Mul", ["c", "s"], ["d"], "scale"),
+        helper.make_node("Mul", ["c", "s"], ["d0"], "scale"),
+        helper.make_node("Unsqueeze", ["d0", "first"], ["d1"], "unsqueeze"),
+        helper.make_node("Transpose", ["d1"], ["d2"], perm=[0, 1, 2]),
+        helper.make_node("Squeeze", ["d2", "first"], ["d"], "squeeze"),
         helper.make_node("MatMul", ["x", "d"], ["e"]),
         helper.make_node("MatMul", ["e", "w"], ["f"]),
         helper.make_node("Shape", ["w"], ["g"]),
@@ -353,9 +356,9 @@ def test_a_weight_that_is_computed_from_constants_is_named() -> None:
         helper.make_node("Cast", ["h"], ["j"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["f", "j"], ["y"]),
     ]
-    found = sites(model(nodes, (3, 8), {**weights, "i": np.array(0)}))
+    found = sites(model(nodes, (3, 8), {**weights, "i": np.array(0), "first": np.array([0])}))
     assert set(found) == {"a", "w"}
-    assert found["a"].reason == "Mul 'scale' computes the weight from it"
+    assert found["a"].reason == "Squeeze 'squeeze' computes the weight from it"
     assert found["w"].reason is None  # that its size is asked for changes nothing
 
 

@@ -216,8 +216,8 @@ class _Walk:
         if not _is_carrier(node):
             return self._computed(node, seen)
         source = self.stored(node.inputs[0], seen)
-        if source is None:
-            return None
+        if source is None or source.obstacle is not None:
+            return source
         if node.op_type == "Transpose":
             order = node.attributes.get("perm")
             axes = list(reversed(range(len(source.axes)))) if order is None else list(order.as_ints())
