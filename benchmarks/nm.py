@@ -305,7 +305,8 @@ def polygraphy(settings: Settings, results: Results) -> None:
             ir.save(model, path)
             report = inspect_sparsity(ir.load(path), NM(2, 4), "any")
             ours = {entry.name for entry in report.weights if entry.eligible and holds(entry, NM(2, 4))}
-            command = [str(settings.polygraphy_python), "-m", "polygraphy", "inspect", "sparsity", str(path)]
+            program = Path(settings.polygraphy_python or "").with_name("polygraphy")
+            command = [str(program), "inspect", "sparsity", str(path)]
             said = subprocess.run(command, capture_output=True, text=True, check=True)
             lines = [
                 line for line in (said.stdout + said.stderr).splitlines() if "Found sparse tensor: " in line
