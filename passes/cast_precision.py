@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
@@ -234,7 +235,7 @@ class _Casting:
         measured: dict[ir.Node, str] = {}
         if choice.lowered:
             feeds = self._feeds(twin, calibration, seed)
-            with Comparison(work, twin, chooser.types, self.low, io=self.io) as comparison:
+            with Comparison(work, twin, chooser.types, self.low, choice, io=self.io) as comparison:
                 choice = self._measured(comparison, chooser, choice, feeds, measured, verify)
         self._finish(work, chooser, choice, measured)
         return report
@@ -305,7 +306,7 @@ class _Casting:
             bounds = comparison.bounds(choice)
             candidate, _ = comparison.lowered(choice)
             errors = comparison.errors(reference, candidate, bounds)
-            wrong = comparison.wrong(errors, bounds)
+            wrong, excused = comparison.wrong(errors, bounds, choice)
             if not wrong:
                 break
             harm = comparison.harm(reference, choice, wrong)
@@ -324,23 +325,23 @@ class _Casting:
                     f" {bounds[worst]:.2g} is allowed, and no choice of nodes that stay float32 mends it;"
                     " use another precision, or keep float32"
                 )
-        if beyond := [name for name in errors if not errors[name] <= bounds[name]]:
+        if excused:
             self.report.notes.append(
-                f"{len(beyond)} outputs lie behind ops whose result jumps (rounding, comparing, picking); what enters"
+                f"{len(excused)} outputs lie behind ops whose result jumps (rounding, comparing, picking); what enters"
                 " those was compared instead"
             )
         path = comparison.check(candidate)
         self.report.bounds, self.report.max_error = bounds, errors
-        self._run_file(comparison, reference, path, bounds, float(max(errors.values(), default=0.0)))
+        self._run_file(comparison, choice, reference, path, bounds)
         return choice
 
     def _run_file(
         self,
         comparison: Comparison,
+        choice: Choice,
         reference: Reference,
-        path: Any,
+        path: Path,
         bounds: Mapping[str, float],
-        emulated: float,
     ) -> None:
         """Run what is written itself, where ONNX Runtime can."""
         names = {value.name for value in comparison.model.graph.outputs}
@@ -351,6 +352,7 @@ class _Casting:
         except VerificationError as error:
             if self.low.dtype == ir.DataType.FLOAT16:
                 raise
+            emulated = max(self.report.max_error.values(), default=0.0)
             self.report.notes.append(
                 f"{self.low.title} was verified in an emulation that rounds every low result (error"
                 f" {emulated:.2g}); ONNX Runtime's CPU provider lacks kernels for the model itself"
@@ -358,7 +360,7 @@ class _Casting:
             )
             return
         self.report.runtime_error = errors
-        wrong = comparison.wrong(errors, bounds)
+        wrong, _ = comparison.wrong(errors, bounds, choice)
         if wrong:
             raise VerificationError(
                 f"output {wrong[0]!r} in {self.low.title} as ONNX Runtime computes it is off by"

@@ -119,8 +119,9 @@ def test_emulation_rounds_every_result() -> None:
     for low in FORMATS.values():
         twin = build_twin(original)
         chooser = Chooser(original, twin, low)
-        with comparisons.Comparison(original, twin, chooser.types, low, io=False) as comparison:
-            candidate, _ = comparison.lowered(chooser.settle())
+        choice = chooser.settle()
+        with comparisons.Comparison(original, twin, chooser.types, low, choice, io=False) as comparison:
+            candidate, _ = comparison.lowered(choice)
             reference = comparison.run_original([{"x": x}], [], 1)
             found = comparison.errors(reference, candidate, {"y": 1.0})["y"]
 
@@ -144,6 +145,28 @@ def test_outputs_behind_a_jump_are_judged_by_what_enters_it() -> None:
     model, report = cast(network(nodes, {"first.w": w, "table": table, "k": np.array([1])}))
     assert result_types(model)["first"] == HALF
     assert report.max_error["a"] <= report.bounds["a"]
+    assert report.max_error["y"] > report.bounds["y"]
+    assert any("result jumps" in note for note in report.notes)
+
+
+def test_a_jump_that_nothing_rounded_enters_excuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative positions are compared in float32, all of them exactly: outputs behind that are judged themselves."""
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["positions"], "positions", to=FLOAT),
+        helper.make_node("Floor", ["positions"], ["whole"], "floor"),
+        helper.make_node("Cast", ["whole"], ["index"], "index", to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "index"], ["bias"], "gather"),
+        dense("first", "x", "a"),
+        helper.make_node("Add", ["a", "bias"], ["y"], "add"),
+    ]
+    constants = {"table": weight(4, 8), "first.w": weight(16, 8)}
+    model = network(nodes, constants, {"x": (2, 16), "ids": (2,)})
+    _, report = cast(model)
+    assert set(report.max_error) == {"y"}
+    assert 0 < report.max_error["y"] <= report.bounds["y"]
+    monkeypatch.setattr("graphprune.precision.formats.BOUND_FACTOR", 1e-9)
+    with pytest.raises(VerificationError, match="output 'y'"):
+        cast(model)
 
 
 # -- subgraphs and functions -----------------------------------------------------------------------------------------

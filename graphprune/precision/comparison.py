@@ -46,7 +46,9 @@ class Reference:
 class Comparison:
     """Runs of an original and of what is made of it, in files of their own."""
 
-    def __init__(self, model: ir.Model, twin: Graph, types: Types, low: Format, *, io: bool) -> None:
+    def __init__(
+        self, model: ir.Model, twin: Graph, types: Types, low: Format, choice: Choice, *, io: bool
+    ) -> None:
         """Prepare.
 
         Args:
@@ -54,18 +56,14 @@ class Comparison:
             twin: Its twin.
             types: Element types of its values.
             low: The format.
+            choice: The most that will be lowered.
             io: Inputs and outputs become low too.
         """
         self.model, self._twin, self.types, self.low, self._io = model, twin, types, low, io
         self._folder = tempfile.TemporaryDirectory(prefix="graphprune-")
-        self.behind = _behind_jumps(model, types)
-        outputs = [value for value in model.graph.outputs if value.name]
+        behind, entering = self._jumps(choice)
         #: What enters jumps, where an output lies behind one.
-        self.entering = (
-            _entering_jumps(model, types, self.behind)
-            if any(output in self.behind for output in outputs)
-            else []
-        )
+        self.entering = entering if any(output in behind for output in model.graph.outputs) else []
 
     def close(self) -> None:
         """Remove the files."""
@@ -204,19 +202,56 @@ class Comparison:
         compared = [*self.model.graph.outputs, *self.entering]
         return {value.name or "": self.low.bound(depth.get(value, 0) + 1) for value in compared}
 
-    def wrong(self, errors: Mapping[str, float], bounds: Mapping[str, float]) -> list[str]:
-        """The outputs that are off by more than they may.
+    def wrong(
+        self, errors: Mapping[str, float], bounds: Mapping[str, float], choice: Choice
+    ) -> tuple[list[str], list[str]]:
+        """What is off by more than it may be.
 
-        An output behind a jump (a comparison, a choice of the largest) is right if all floats that enter jumps are.
+        Args:
+            errors: How far outputs and values that enter jumps are off.
+            bounds: What each may be off.
+            choice: What is lowered.
+
+        Returns:
+            What is wrong; and outputs that are off, but lie behind a jump (a comparison, a choice of the largest) that
+            what was rounded leads to: they are right if all floats that enter jumps are.
         """
-        entering = {value.name for value in self.entering}
+        behind, entering = self._jumps(choice)
         off = [name for name in errors if not errors[name] <= bounds[name]]
-        behind = {value.name for value in self.model.graph.outputs if value in self.behind}
-        outputs = {value.name for value in self.model.graph.outputs}
-        at_jumps = [name for name in off if name in entering]
-        if any(name in behind for name in off) and at_jumps:
-            return [name for name in off if name in outputs or name in entering]
-        return [name for name in off if name in outputs and name not in behind]
+        jumped = {value.name for value in self.model.graph.outputs if value in behind}
+        direct = {value.name for value in self.model.graph.outputs} - jumped
+        excused = [name for name in off if name in jumped]
+        at_jumps = {value.name for value in entering} if excused else set()
+        wrong = [name for name in off if name in direct or name in at_jumps]
+        return wrong, excused
+
+    def _jumps(self, choice: Choice) -> tuple[set[ir.Value], list[ir.Value]]:
+        """Values of the main graph behind jumps that something rounded enters; and the floats that enter them first."""
+        rounded: set[ir.Value] = set()
+        if self._io:
+            rounded.update(value for value in self.model.graph.inputs if _is_activation(value, self.types))
+        behind: set[ir.Value] = set()
+        entering: dict[ir.Value, None] = {}
+        for node in self.model.graph:
+            inside = [node, *(n for g in subgraphs(node) for n in g.all_nodes())]
+            reads = [value for value in (*node.inputs, *captured(node)) if value is not None]
+            lowered = any(each in choice.lowered for each in inside)
+            touched = lowered or any(value in rounded for value in reads)
+            if touched and any(_jumps(each, self.types) for each in inside):
+                behind.update(node.outputs)
+                entering.update(
+                    (value, None)
+                    for value in reads
+                    if _is_activation(value, self.types)
+                    and value not in behind
+                    and value.producer() is not None
+                    and not value.is_graph_output()
+                )
+            if any(value in behind for value in reads):
+                behind.update(node.outputs)
+            if touched:
+                rounded.update(node.outputs)
+        return behind, list(entering)
 
     # -- who does the harm ------------------------------------------------------------------------------------------
 
@@ -340,31 +375,6 @@ def _jumps(node: ir.Node, types: Types) -> bool:
 
 def _is_activation(value: ir.Value | None, types: Types) -> bool:
     return value is not None and types.get(value) == ir.DataType.FLOAT and not is_constant_value(value)
-
-
-def _behind_jumps(model: ir.Model, types: Types) -> set[ir.Value]:
-    """Values of the main graph that a jump leads to."""
-    behind: set[ir.Value] = set()
-    for node in model.graph:
-        inside = [node, *(n for g in subgraphs(node) for n in g.all_nodes())]
-        reads = [value for value in (*node.inputs, *captured(node)) if value is not None]
-        if any(value in behind for value in reads) or any(_jumps(each, types) for each in inside):
-            behind.update(node.outputs)
-    return behind
-
-
-def _entering_jumps(model: ir.Model, types: Types, behind: set[ir.Value]) -> list[ir.Value]:
-    """The floats that enter the first jumps."""
-    found: dict[ir.Value, None] = {}
-    for node in model.graph:
-        inside = [node, *(n for g in subgraphs(node) for n in g.all_nodes())]
-        if not any(_jumps(each, types) for each in inside):
-            continue
-        for value in (*node.inputs, *captured(node)):
-            if value is not None and _is_activation(value, types) and value not in behind:
-                if value.producer() is not None and not value.is_graph_output():
-                    found[value] = None
-    return list(found)
 
 
 def _leading_to(model: ir.Model, names: Collection[str]) -> set[ir.Node]:
