@@ -342,6 +342,22 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument(
         "--require-engine", action="store_true", help="exit with 1 where no engine can be built"
     )
+    engine.add_argument(
+        "--bench",
+        action="store_true",
+        help="time the original, the pruned model with dense kernels only, and the engine, in turn",
+    )
+    engine.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="what the engine is compared with (default: MODEL where it is pruned in the same run)",
+    )
+    engine.add_argument(
+        "--provider",
+        action="store_true",
+        help="also write options for ONNX Runtime's TensorRT provider, and run the model by it where it is there",
+    )
 
 
 def _engine_parser() -> argparse.ArgumentParser:
@@ -356,6 +372,15 @@ def _engine_parser() -> argparse.ArgumentParser:
         "--engine", type=Path, metavar="FILE", help="the engine to write (default: MODEL.plan beside MODEL)"
     )
     _engine_arguments(parser)
+    inputs = parser.add_argument_group("inputs to compare the engine with ONNX Runtime on")
+    inputs.add_argument(
+        "--calib",
+        type=Path,
+        metavar="PATH",
+        help="an .npz, an .npy, or a folder of images or .npy files (default: random)",
+    )
+    inputs.add_argument("--preprocess", metavar="SPEC", help="makes inputs of images: see graphprune --help")
+    inputs.add_argument("--seed", type=_seed, default=0, metavar="N", help="for random inputs (default: 0)")
     return parser
 
 

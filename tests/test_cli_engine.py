@@ -35,8 +35,8 @@ class Result(NamedTuple):
 Cli = Callable[..., Result]
 
 
-@pytest.fixture
-def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+@pytest.fixture(name="cli")
+def make_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """The command in a folder of its own, where no package of NVIDIA's is found."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(STAND_INS / "empty"))

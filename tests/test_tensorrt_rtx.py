@@ -22,6 +22,7 @@ from onnx import numpy_helper
 import graphprune
 from graphprune.errors import EngineError
 from graphprune.tensorrt.build import build_engine
+from graphprune.tensorrt.handover import EngineSettings, hand_over
 from graphprune.tensorrt.plan import make_plan
 from graphprune.tensorrt.profiles import Profile, parse_profile
 from graphprune.tensorrt.rtx import Candidate, Conformance, check_network, check_networks
@@ -178,6 +179,23 @@ def test_a_miscoupled_network_is_refused(tmp_path: Path) -> None:
     taken = [name for (name, _), result in zip(cases, results, strict=True) if result.parses]
     assert not taken
     assert all(result.errors and result.reason for result in results)
+
+
+@needs_rtx
+def test_a_network_that_was_taken_and_is_miscoupled_is_an_error(tmp_path: Path) -> None:
+    """The chain knows the original: what it made of it is to be taken where that is."""
+    pattern = next(pattern for pattern in FAMILIES[0].PATTERNS if pattern.name not in UNSUPPORTED)
+    onnx.save(built(pattern).model, tmp_path / "net.onnx")
+    onnx.save(pruned(pattern), tmp_path / "net.pruned.onnx")
+    _, damaged = next(miscoupled(pruned(pattern)))
+    onnx.save(damaged, tmp_path / "net.damaged.onnx")
+    settings = EngineSettings(
+        tmp_path / "net.plan", shapes=tuple(shapes(pattern)), original=tmp_path / "net.onnx"
+    )
+    report = hand_over(tmp_path / "net.pruned.onnx", settings)
+    assert report.built is not None or (report.conformance is not None and report.conformance.builds)
+    with pytest.raises(EngineError, match=r"net.damaged.onnx.*which this was made from|does not take"):
+        hand_over(tmp_path / "net.damaged.onnx", settings)
 
 
 @needs_rtx

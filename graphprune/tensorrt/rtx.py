@@ -35,6 +35,7 @@ class Conformance:
         version: Of TensorRT-RTX.
         size: Bytes of the engine.
         seconds: Time of parsing and building.
+        stopped: It was ended at its time limit, which says nothing of the network.
     """
 
     parses: bool
@@ -44,6 +45,7 @@ class Conformance:
     version: str | None
     size: int
     seconds: float
+    stopped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,4 +158,5 @@ def _conformance(
         version=version,
         size=int(entry["size"]),
         seconds=float(entry.get("seconds", answer.seconds)),
+        stopped=not finished and answer.ended == "time",
     )

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from graphprune.errors import OptionError
-from graphprune.verbs.options import same_file
+from graphprune.verbs.options import input_shapes, same_file
 
 if TYPE_CHECKING:
     from graphprune.display import Steps
@@ -50,10 +50,11 @@ def engine_settings(options: argparse.Namespace, engine: Path) -> EngineSettings
     """What the options say of an engine.
 
     Raises:
-        OptionError: A shape is none, or the engine would overwrite the network.
+        OptionError: A shape is none, a file is not there, or the engine would overwrite a network.
     """
     from graphprune.model import load
     from graphprune.tensorrt.handover import EngineSettings
+    from graphprune.tensorrt.numbers import Source
     from graphprune.tensorrt.profiles import check_profiles, network_inputs, parse_profile
 
     if engine.is_dir():
@@ -62,16 +63,29 @@ def engine_settings(options: argparse.Namespace, engine: Path) -> EngineSettings
         raise OptionError(f"the folder {str(engine.parent)!r} for the engine does not exist; create it first")
     if same_file(engine, Path(options.model)):
         raise OptionError(f"the engine {str(engine)!r} is the input itself, which is never changed")
+    if options.baseline is not None and same_file(engine, options.baseline):
+        raise OptionError(f"the engine {str(engine)!r} is the baseline, which is never changed")
     shapes = tuple(parse_profile(text) for text in options.shapes)
     check_profiles(network_inputs(load(options.model)), shapes)  # now rather than after the work
+    original = options.baseline
+    if original is not None:
+        check_profiles(network_inputs(load(original)), shapes)
+    elif options.verb == "prune":
+        original = Path(options.model)
+    if options.calib is not None and not options.calib.exists():
+        raise OptionError(f"the calibration inputs {str(options.calib)!r} do not exist")
     return EngineSettings(
-        engine,
-        options.trt_version,
-        not options.no_sparsity,
-        shapes,
-        options.workspace,
-        options.timing_cache,
-        options.require_engine,
+        engine=engine,
+        major=options.trt_version,
+        sparsity=not options.no_sparsity,
+        shapes=shapes,
+        workspace=options.workspace,
+        timing_cache=options.timing_cache,
+        required=options.require_engine,
+        original=original,
+        bench=options.bench,
+        provider=options.provider,
+        source=Source(options.calib, options.preprocess, input_shapes(options), options.seed),
     )
 
 
