@@ -37,6 +37,8 @@ RANDOM_BATCHES = 2
 FIRST_TRIED = 1
 #: Only those are tried that do at least this share of the harm that the worst one does.
 LEAST_HARM = 0.2
+#: Outputs named in a reason.
+LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,30 @@ def cast_precision(
     )
 
 
+@dataclass(frozen=True)
+class _Attempt:
+    """A choice, what it makes of the model, and how far that is off (:meth:`Comparison.wrong`)."""
+
+    choice: Choice
+    candidate: ir.Model
+    bounds: Mapping[str, float]
+    errors: dict[str, float]
+    wrong: list[str]
+    excused: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        comparison: Comparison,
+        reference: Reference,
+        choice: Choice,
+        bounds: Mapping[str, float],
+    ) -> _Attempt:
+        candidate, _ = comparison.lowered(choice)
+        errors = comparison.errors(reference, candidate, bounds)
+        return cls(choice, candidate, bounds, errors, *comparison.wrong(errors, bounds, choice))
+
+
 class _Casting:
     """One model on its way to low precision."""
 
@@ -300,40 +326,56 @@ class _Casting:
         reference: Reference,
         measured: dict[ir.Node, str],
     ) -> Choice:
-        """Keep ever more of the nodes that do harm, until all outputs are within their bounds."""
-        tried, count = 0, FIRST_TRIED
-        while True:
-            bounds = comparison.bounds(choice)
-            candidate, _ = comparison.lowered(choice)
-            errors = comparison.errors(reference, candidate, bounds)
-            wrong, excused = comparison.wrong(errors, bounds, choice)
-            if not wrong:
-                break
-            harm = comparison.harm(reference, choice, wrong)
+        """Keep ever more of the nodes that do harm, until all outputs are within their bounds; of the last ones no more
+        than it takes.
+        """
+        bounds = comparison.bounds(choice)  # what stays float32 does not make them tighter
+        attempt = _Attempt.of(comparison, reference, choice, bounds)
+        count = FIRST_TRIED
+        while attempt.wrong:
+            harm = comparison.harm(reference, attempt.choice, attempt.wrong)
             least = LEAST_HARM * max(harm.values(), default=0.0)
             harmful = [node for node, amount in harm.items() if amount >= least][:count]
-            found = _with_producers(harmful, choice)
-            off = ", ".join(repr(name) for name in wrong[:3])
-            for node in found:
-                measured[node] = f"lowered, it leaves {off} off by more than the bound"
-            tried, count = tried + len(found), 2 * count
-            choice = chooser.settle(measured)
-            if not found or not choice.lowered:
-                worst = max(wrong, key=lambda name: errors[name] / bounds[name])
-                raise VerificationError(
-                    f"output {worst!r} in {self.low.title} is off by {errors[worst]:.2g} of its scale, where"
-                    f" {bounds[worst]:.2g} is allowed, and no choice of nodes that stay float32 mends it;"
-                    " use another precision, or keep float32"
-                )
-        if excused:
+
+            def keep(nodes: Sequence[ir.Node], before: _Attempt = attempt) -> dict[ir.Node, str]:
+                off = ", ".join(repr(name) for name in before.wrong[:LISTED])
+                reason = f"lowered, it leaves {off} off by more than the bound"
+                return dict.fromkeys(_with_producers(nodes, before.choice), reason)
+
+            choice = chooser.settle({**measured, **keep(harmful)})
+            if not harmful or not choice.lowered:
+                raise self._refusal(attempt)
+            attempt = _Attempt.of(comparison, reference, choice, bounds)
+            enough, few = len(harmful), 0
+            while not attempt.wrong and enough - few > 1:
+                half = (enough + few) // 2
+                fewer = chooser.settle({**measured, **keep(harmful[:half])})
+                trial = _Attempt.of(comparison, reference, fewer, bounds)
+                if trial.wrong:
+                    few = half
+                else:
+                    attempt, enough = trial, half
+            measured.update(keep(harmful[:enough]))
+            count = 2 * count
+        choice, errors = attempt.choice, attempt.errors
+        if attempt.excused:
             self.report.notes.append(
-                f"{len(excused)} outputs lie behind ops whose result jumps (rounding, comparing, picking); what enters"
-                " those was compared instead"
+                f"{len(attempt.excused)} outputs lie behind ops whose result jumps (rounding, comparing, picking); what"
+                " enters those was compared instead"
             )
-        path = comparison.check(candidate)
-        self.report.bounds, self.report.max_error = bounds, errors
+        path = comparison.check(attempt.candidate)
+        self.report.bounds, self.report.max_error = dict(bounds), errors
         self._run_file(comparison, choice, reference, path, bounds)
         return choice
+
+    def _refusal(self, attempt: _Attempt) -> VerificationError:
+        errors, bounds = attempt.errors, attempt.bounds
+        worst = max(attempt.wrong, key=lambda name: errors[name] / bounds[name])
+        return VerificationError(
+            f"output {worst!r} in {self.low.title} is off by {errors[worst]:.2g} of its scale, where"
+            f" {bounds[worst]:.2g} is allowed, and no choice of nodes that stay float32 mends it; use another"
+            " precision, or keep float32"
+        )
 
     def _run_file(
         self,
