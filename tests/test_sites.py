@@ -341,6 +341,25 @@ def test_weights_are_seen_in_subgraphs_functions_and_constants() -> None:
     assert found["outer"].layout == Layout(1, 8, 8, 8, 2, 1)
 
 
+def test_axes_of_one_element_may_come_and_go() -> None:
+    weights: dict[str, Array] = {
+        "w": normal(12, 8),
+        "r": normal(1, 1, 12, 3),
+        "first": np.array([0]),
+        "two": np.array([-4]),
+    }
+    nodes = [
+        helper.make_node("Unsqueeze", ["w", "first"], ["w3"]),
+        helper.make_node("Squeeze", ["r", "two"], ["r3"]),
+        helper.make_node("LSTM", ["x", "w3", "r3"], ["y"], hidden_size=3),
+    ]
+    proto = model(nodes, (4, 2, 8), weights)
+    run(proto, normal(4, 2, 8))
+    found = sites(proto)
+    assert found["w"].layout == Layout(12, 8, 1, 12)
+    assert found["r"].layout == Layout(12, 3, 1, 12)
+
+
 def test_a_weight_that_is_computed_from_constants_is_named() -> None:
     weights = {"a": normal(8, 4), "b": normal(8, 3), "s": np.array(2, np.float32), "w": normal(7, 8)}
     nodes = [
@@ -358,7 +377,7 @@ def test_a_weight_that_is_computed_from_constants_is_named() -> None:
     ]
     found = sites(model(nodes, (3, 8), {**weights, "i": np.array(0), "first": np.array([0])}))
     assert set(found) == {"a", "w"}
-    assert found["a"].reason == "Squeeze 'squeeze' computes the weight from it"
+    assert found["a"].reason == "Mul 'scale' computes the weight from it"
     assert found["w"].reason is None  # that its size is asked for changes nothing
 
 

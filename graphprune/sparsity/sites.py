@@ -1,7 +1,7 @@
 """The weights of a model that an op sums over: where each is stored, how it is laid out there, who reads it.
 
-A stored weight is followed from the op back through Transpose, Cast, Identity, QuantizeLinear and DequantizeLinear, and
-through calls of the model's functions. No contents are read but zero points.
+A stored weight is followed from the op back through Transpose, Squeeze, Unsqueeze, Cast, Identity, QuantizeLinear and
+DequantizeLinear, and through calls of the model's functions. No contents are read but zero points.
 """
 
 from __future__ import annotations
@@ -36,7 +36,16 @@ ELEMENT_TYPES = frozenset(
 #: Ops whose result does not hang on the contents of what they read.
 _SIZES = {"Shape", "Size"}
 #: Ops that only carry a weight: what is zero before is zero behind.
-_CARRIERS = {"Identity", "Cast", "CastLike", "Transpose", "QuantizeLinear", "DequantizeLinear"}
+_CARRIERS = {
+    "Identity",
+    "Cast",
+    "CastLike",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "QuantizeLinear",
+    "DequantizeLinear",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +110,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A stored weight as an op sees it: ``axes[i]`` is the stored axis that the op's axis ``i`` is."""
+    """A stored weight as an op sees it: ``axes[i]`` is the stored axis that its axis ``i`` is, None for an added one."""
 
     value: ir.Value
-    axes: tuple[int, ...]
+    axes: tuple[int | None, ...]
     obstacle: str | None = None
 
 
@@ -192,6 +201,8 @@ class _Walk:
             return "its contents are not stored as one tensor"
         shape = tuple(tensor.shape.numpy())
         axis, along = stored.axes[weight.axis], stored.axes[weight.outputs]
+        if axis is None or along is None:
+            return "its axes of one element were added, and the op sums over one"
         outputs = shape[along]
         split = group if weight.grouped else 1
         if shape[axis] % split:
@@ -221,13 +232,37 @@ class _Walk:
         if node.op_type == "Transpose":
             order = node.attributes.get("perm")
             axes = list(reversed(range(len(source.axes)))) if order is None else list(order.as_ints())
-            return _Stored(source.value, tuple(source.axes[axis] for axis in axes), source.obstacle)
+            return _Stored(source.value, tuple(source.axes[axis] for axis in axes))
+        if node.op_type in ("Unsqueeze", "Squeeze"):
+            return self._resized(node, source, seen)
         if node.op_type in ("QuantizeLinear", "DequantizeLinear") and len(node.inputs) > 2 and node.inputs[2]:
             zero = self.stored(node.inputs[2], seen)
             if zero is None or _zero_point(zero):
                 obstacle = "its zero point is not 0: a zero of the weight is not stored as one"
                 return _Stored(source.value, source.axes, obstacle)
         return source
+
+    def _resized(self, node: ir.Node, source: _Stored, seen: dict[ir.Value, _Stored | None]) -> _Stored:
+        """Axes of one element more or fewer."""
+        given = node.attributes.get("axes")
+        places = list(given.as_ints()) if given is not None else None
+        if len(node.inputs) > 1 and node.inputs[1] is not None:
+            constant = self.stored(node.inputs[1], seen)
+            tensor = None if constant is None or constant.obstacle else stored_tensor(constant.value)
+            places = None if tensor is None else [int(place) for place in tensor.numpy().ravel()]
+        axes = list(source.axes)
+        if places is None:
+            return _Stored(
+                source.value, source.axes, f"{node.op_type} {node.name!r} computes the weight from it"
+            )
+        if node.op_type == "Unsqueeze":
+            rank = len(axes) + len(places)
+            for place in sorted(place % rank for place in places):
+                axes.insert(place, None)
+        else:
+            gone = {place % len(axes) for place in places}
+            axes = [axis for place, axis in enumerate(axes) if place not in gone]
+        return _Stored(source.value, tuple(axes))
 
     def _computed(self, node: ir.Node, seen: dict[ir.Value, _Stored | None]) -> _Stored | None:
         """What an op makes of constants alone: the largest of them, with the op as the obstacle."""
