@@ -110,7 +110,7 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A stored weight as an op sees it: ``axes[i]`` is the stored axis that its axis ``i`` is, None for an added one."""
+    """A stored weight as an op sees it: ``axes[i]`` is the stored axis that its axis ``i`` is; None: added."""
 
     value: ir.Value
     axes: tuple[int | None, ...]
