@@ -260,9 +260,9 @@ def _sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     sparsity.add_argument(
         "--permute-seconds",
         type=float,
-        default=60.0,
+        default=30.0,
         metavar="S",
-        help="how long to look for an order (default: 60)",
+        help="how long to look for an order (default: 30)",
     )
     sparsity.add_argument(
         "--nm-tail",

@@ -241,7 +241,7 @@ def sparsify(
     method: str | None = None,
     refit: bool | None = None,
     permute: bool | None = None,
-    permute_seconds: float = 60.0,
+    permute_seconds: float = 30.0,
     tail: str = "dense",
     calibration: object = None,
     preprocess: Preprocess | str | None = None,

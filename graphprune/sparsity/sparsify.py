@@ -62,7 +62,7 @@ class SparsitySettings:
     method: str | None = None
     refit: bool | None = None
     permute: bool | None = None
-    permute_seconds: float = 60.0
+    permute_seconds: float = 30.0
     tail: str = "dense"
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
