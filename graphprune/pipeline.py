@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from graphprune.axes.analysis import Analysis
@@ -17,6 +17,7 @@ from graphprune.model.inlining import inline, inlined
 from graphprune.network import Network
 from graphprune.passes.split_fills import SplitFillsPass
 from graphprune.plan import Plan, make_plan
+from graphprune.progress import Progress
 from graphprune.report import Report
 from graphprune.rewrite import Rewriter, collect, functions_to_inline
 from graphprune.settings import Settings
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from graphprune.sparsity.report import SparsityReport
 
 Model = TypeVar("Model")
-Progress = Callable[[str], None]
 
 
 def analyze_ir(model: ir.Model, input_shapes: Mapping[str, Sequence[int]] | None = None) -> Network:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +17,9 @@ from graphprune.graph.twin import build_twin
 from graphprune.model import copy, file_size
 from graphprune.model.inlining import inlined
 from graphprune.network import Network, Pruned
-from graphprune.pipeline import Progress, analyze_ir, reference_of
+from graphprune.pipeline import analyze_ir, reference_of
 from graphprune.plan import Plan, make_plan
+from graphprune.progress import Progress, part_of, timed
 from graphprune.report import Report
 from graphprune.rewrite import OpChange, Rewriter, collect, functions_to_inline
 from graphprune.settings import Settings
@@ -33,17 +32,6 @@ if TYPE_CHECKING:
 
 #: Fewer inputs than this are too few to measure and repair with.
 LEAST_SAMPLES = 8
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], step: str, progress: Progress | None) -> Iterator[None]:
-    if progress is not None:
-        progress(step)
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
 
 
 class Pruning:
@@ -101,12 +89,10 @@ class Pruning:
         self.selection = Selection(self.network, settings, loaded, self._part)
 
     def _timed(self, step: str) -> AbstractContextManager[None]:
-        return _timed(self.seconds, step, self._progress)
+        return timed(self.seconds, step, self._progress)
 
     def _part(self, step: str, done: int, total: int) -> None:
-        part = getattr(self._progress, "part", None)
-        if part is not None:
-            part(step, done, total)
+        part_of(self._progress, step)(done, total)
 
     def _without_dead(self, base: ir.Model) -> ir.Model:
         from graphprune.passes.remove_dead import remove_dead
@@ -197,7 +183,7 @@ class Pruning:
             notes=self.notes + [f"{name}: {reason}" for name, reason in network.analysis.graph.notes],
         )
         reference, node_of = reference_of(network, self.settings.input_shapes)
-        with _timed(self.seconds, "rewriting", None):
+        with timed(self.seconds, "rewriting", None):
             Rewriter(network.analysis, masks).run(edits)
             network.fills.join()
         report.parameters_after = parameters(work)

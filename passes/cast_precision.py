@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +19,12 @@ from graphprune.model.nodes import stored_tensor, subgraphs
 from graphprune.precision.choice import MARK, Choice, Chooser, kind_of, title
 from graphprune.precision.comparison import Comparison, Reference, lower
 from graphprune.precision.formats import CONTRACTIONS, Format, find_format
+from graphprune.progress import Progress, timed
 from graphprune.verify import Feeds, random_feeds
 
 if TYPE_CHECKING:
     from graphprune.calibration import Calibration
     from graphprune.graph import Graph
-    from graphprune.pipeline import Progress
 
 #: Samples that ranges are measured on, in batches of so many, and batches of them that outputs are compared on.
 SAMPLES = 64
@@ -236,15 +235,8 @@ class _Casting:
         self.input_shapes, self._progress = input_shapes, progress
         self.report = PrecisionReport(low.name)
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        if self._progress is not None:
-            self._progress(step)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.report.seconds[step] = self.report.seconds.get(step, 0.0) + time.perf_counter() - start
+    def _timed(self, step: str) -> AbstractContextManager[None]:
+        return timed(self.report.seconds, step, self._progress)
 
     def run(
         self, calibration: Calibration | None, deny: Sequence[str], *, verify: bool, seed: int

@@ -6,9 +6,8 @@ nor its result is ever held. What needs inputs goes through :mod:`graphprune.spa
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -23,6 +22,7 @@ from graphprune.kernels.nm import magnitude, sparsify
 from graphprune.model.inlining import inline
 from graphprune.model.nodes import stored_tensor
 from graphprune.model.stream import STRETCH_BYTES, StreamedTensor, element_type
+from graphprune.progress import Progress, part_of, timed
 from graphprune.sparsity.eligibility import find_target, gain, obstacle, tail
 from graphprune.sparsity.pattern import NM, Layout, Pattern
 from graphprune.sparsity.proof import check_file, mask_of
@@ -31,7 +31,6 @@ from graphprune.sparsity.sites import Site, find_sites
 
 if TYPE_CHECKING:
     from graphprune.calibration import Calibration
-    from graphprune.pipeline import Progress
 
 Array = npt.NDArray[Any]
 
@@ -145,19 +144,8 @@ class Sparsifier:
         parts = [self.method, *(["refit"] if self.refit else []), *(["permutation"] if self.permute else [])]
         return " + ".join(parts)
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        if self._progress is not None:
-            self._progress(step)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.report.seconds[step] = self.report.seconds.get(step, 0.0) + time.perf_counter() - start
-
-    def _part(self, step: str) -> Callable[[int, int], None]:
-        part = getattr(self._progress, "part", None)
-        return lambda done, total: None if part is None else part(step, done, total)
+    def _timed(self, step: str) -> AbstractContextManager[None]:
+        return timed(self.report.seconds, step, self._progress)
 
     # -- which weights ----------------------------------------------------------------------------------------------
 
@@ -229,7 +217,7 @@ class Sparsifier:
                 wanted=lambda reading: reading.stored in self.sites,
                 feeds=[] if self._calibration is None else list(self._calibration.subset(1).batches(1)),
                 verify=self._verifies,
-                progress=lambda done: self._part("permutation")(round(100 * done), 100),
+                progress=lambda done: part_of(self._progress, "permutation")(round(100 * done), 100),
             )
         self.report.permutation = done.to_dict()
         # An order that one use of a weight needs and another does not gives it a weight of its own.
@@ -255,7 +243,7 @@ class Sparsifier:
                 self._calibration,
                 input_shapes=self.settings.input_shapes,
                 seed=self.settings.seed,
-                progress=self._part("reconstruction"),
+                progress=part_of(self._progress, "reconstruction"),
             )
         fallen_back = {value.name: reason for value, reason in done.by_magnitude}
         for value, mask in done.masks.items():
