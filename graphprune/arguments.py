@@ -54,6 +54,8 @@ def parse(given: Sequence[str]) -> argparse.Namespace:
     parser = parsers[verb or "prune"]()
     options = parser.parse_args(given[1:] if verb else given)
     options.verb = verb or "prune"
+    if options.verb == "prune" and options.tensorrt is None:
+        _refuse_engine_options(parser, options)
     return options
 
 
@@ -358,6 +360,23 @@ def _engine_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write options for ONNX Runtime's TensorRT provider, and run the model by it where it is there",
     )
+
+
+def _refuse_engine_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What says how an engine is made says nothing where none is."""
+    for given, flag in (
+        (options.trt_version, "--trt-version"),
+        (options.shapes, "--shapes"),
+        (options.no_sparsity, "--no-sparsity"),
+        (options.workspace, "--workspace"),
+        (options.timing_cache, "--timing-cache"),
+        (options.require_engine, "--require-engine"),
+        (options.bench, "--bench"),
+        (options.baseline, "--baseline"),
+        (options.provider, "--provider"),
+    ):
+        if given is not None and given is not False and given != []:
+            parser.error(f"{flag} says how an engine is made: give --tensorrt FILE too")
 
 
 def _engine_parser() -> argparse.ArgumentParser:

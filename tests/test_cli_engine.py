@@ -168,3 +168,30 @@ def test_casting_alone_and_its_exceptions(cli: Cli) -> None:
     assert onnx.TensorProto.BFLOAT16 in types.values()
     assert types["gemm.w"] == onnx.TensorProto.FLOAT
     assert cli("net.onnx", "--nm", "2:4", "--keep-float32", "Gemm").code == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--bench",),
+        ("--provider",),
+        ("--baseline", "net.onnx"),
+        SHAPES,
+        ("--trt-version", "10"),
+        ("--no-sparsity",),
+        ("--workspace", "0"),
+        ("--timing-cache", "times"),
+        ("--require-engine",),
+    ],
+)
+def test_options_of_an_engine_want_one(cli: Cli, given: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli("net.onnx", "--nm", "2:4", *given)
+    assert caught.value.code == 2
+
+
+def test_engine_and_model_have_names_of_their_own(cli: Cli) -> None:
+    result = cli("net.onnx", "--nm", "2:4", "--tensorrt", "net.pruned.onnx", *SHAPES)
+    assert result.code == 2
+    assert "both be written" in result.err
+    assert not Path("net.pruned.onnx").exists()

@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 from graphprune.errors import OptionError
-from graphprune.verbs.options import input_shapes, same_file
+from graphprune.verbs.options import input_shapes, output_path, same_file
 
 if TYPE_CHECKING:
     from graphprune.display import Steps
@@ -65,6 +65,8 @@ def engine_settings(options: argparse.Namespace, engine: Path) -> EngineSettings
         raise OptionError(f"the engine {str(engine)!r} is the input itself, which is never changed")
     if options.baseline is not None and same_file(engine, options.baseline):
         raise OptionError(f"the engine {str(engine)!r} is the baseline, which is never changed")
+    if options.verb == "prune" and same_file(engine, output_path(options)):
+        raise OptionError(f"the engine and the model would both be written to {str(engine)!r}")
     shapes = tuple(parse_profile(text) for text in options.shapes)
     check_profiles(network_inputs(load(options.model)), shapes)  # now rather than after the work
     original = options.baseline
