@@ -69,7 +69,8 @@ def _look(site: Site, pattern: NM, entry: WeightReport) -> None:
             read(start, part)
             zeros += len(part) - int(np.count_nonzero(part))
     entry.zeros = zeros / tensor.size if tensor.size else 0.0
-    if layout is not None and tensor.size and layout.contracted >= pattern.m:  # fewer hold any pattern, and none
+    # Fewer channels than M hold any pattern, and none.
+    if layout is not None and tensor.size and layout.contracted >= pattern.m:
         most = most_held(tensor, layout, pattern.m)
         entry.holds = "dense" if most >= pattern.m else f"{most}:{pattern.m}"
 
