@@ -31,8 +31,8 @@ examples:
   graphprune inspect model.onnx --require 2:4             exit with 1 unless the weights hold it
   graphprune inspect model.onnx --why conv1.weight conv2.weight
 
-exit codes: 0 done; 1 the result failed its verification, or a budget or pattern cannot be had: nothing was written; or an
-engine is required and cannot be had, or is wrong: the model was written by then; 2 bad input, nothing was written
+exit codes: 0 done; 1 the result failed its verification, or a budget or pattern cannot be had: nothing was written; or
+an engine is required and cannot be had, or is wrong: the model was written by then; 2 bad input, nothing was written
 """
 
 
