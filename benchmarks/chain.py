@@ -32,7 +32,6 @@ ARGUMENTS = [
     *("--nm", "2:4"),
     *("--precision", "fp16"),
     *("--calib", "digits_calibration.npz"),
-    *("--permute-seconds", "5"),
     *("--tensorrt", "digits.plan"),
     *("--shapes", SHAPES),
     *("-o", "digits.small.onnx"),

@@ -56,8 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude + refit + permutation": {"method": "magnitude", "refit": True, "permute": True},
     "sparsegpt + refit": {"method": "sparsegpt", "refit": True, "permute": False},
     "sparsegpt + refit + permutation": {"method": "sparsegpt", "refit": True, "permute": True},
-    "alps + refit": {"method": "alps", "refit": True, "permute": False},
-    "alps + refit + permutation (default)": {"method": None, "refit": None, "permute": None},
+    "alps + refit (default)": {"method": None, "refit": None, "permute": False},
+    "alps + refit + permutation": {"method": None, "refit": None, "permute": True},
 }
 
 

@@ -255,9 +255,8 @@ def _sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sparsity.add_argument(
         "--permute",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="first reorder channels so that larger weights stay; the function is the same (default: with --calib)",
+        action="store_true",
+        help="first reorder channels so that larger weights stay; the function is the same (helps most without --calib)",
     )
     sparsity.add_argument(
         "--permute-seconds",

@@ -240,7 +240,7 @@ def sparsify(
     target: str = "tensorrt",
     method: str | None = None,
     refit: bool | None = None,
-    permute: bool | None = None,
+    permute: bool = False,
     permute_seconds: float = 30.0,
     tail: str = "dense",
     calibration: object = None,
@@ -261,7 +261,7 @@ def sparsify(
         method: How the elements that stay are chosen: "magnitude", "wanda", "sparsegpt" or "alps"; None: the last where
             there are inputs (sparsegpt without ``refit``), else the first.
         refit: Fit what stays, and biases, to the original's outputs; None: where there are inputs.
-        permute: First reorder channels, so that larger elements stay; None: where there are inputs.
+        permute: First reorder channels, so that larger elements stay; helps most where nothing is fitted.
         permute_seconds: How long an order may be looked for.
         tail: Where M does not divide an axis: "dense" leaves its last channels as they are, "refuse" the weight.
         calibration: Inputs, in any form that :func:`graphprune.load_calibration` takes.

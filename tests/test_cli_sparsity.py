@@ -99,7 +99,9 @@ def test_packed_beside_the_model(cli: Cli) -> None:
 def test_inputs_choose_and_fit(cli: Cli) -> None:
     x = np.random.default_rng(0).standard_normal((64, 16, 6, 6)).astype(np.float32)
     np.savez("calib.npz", x=x)
-    result = cli("net.onnx", "--nm", "2:4", "--calib", "calib.npz", "--permute-seconds", "1", "--json")
+    result = cli(
+        "net.onnx", "--nm", "2:4", "--calib", "calib.npz", "--permute", "--permute-seconds", "1", "--json"
+    )
     assert result.code == 0, result.err
     sparsity = json.loads(result.out)["sparsity"]
     assert sparsity["method"] == "alps + refit + permutation"

@@ -48,7 +48,7 @@ class SparsitySettings:
         method: How the elements that stay are chosen: "magnitude", "wanda", "sparsegpt" or "alps"; None for the last
             where there are inputs and what stays is fitted, sparsegpt where it is not, magnitude without inputs.
         refit: Fit what stays to the original's outputs; None for wherever there are inputs.
-        permute: Reorder channels first, so that the elements that stay are larger; None for wherever there are inputs.
+        permute: Reorder channels first, so that the elements that stay are larger.
         permute_seconds: How long the search for an order may take.
         tail: What happens where M does not divide an axis: "dense" leaves its last channels dense, "refuse" the weight.
         include, exclude: Globs on names of weights and of the nodes that contract them.
@@ -60,7 +60,7 @@ class SparsitySettings:
     target: str = "tensorrt"
     method: str | None = None
     refit: bool | None = None
-    permute: bool | None = None
+    permute: bool = False
     permute_seconds: float = 30.0
     tail: str = "dense"
     include: Sequence[str] = ()
@@ -126,7 +126,7 @@ class Sparsifier:
             raise OptionError(
                 "alps chooses weights that are fitted afterwards: leave the repair on, or take sparsegpt"
             )
-        self.permute = (given and plain) if settings.permute is None else settings.permute
+        self.permute = settings.permute
         if not given and (self.method != "magnitude" or self.refit):
             what = self.method if self.method != "magnitude" else "a refit"
             raise OptionError(f"{what} needs inputs: give some with --calib")

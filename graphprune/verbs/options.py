@@ -83,7 +83,7 @@ def pattern_of(options: argparse.Namespace) -> Pattern | None:
         (options.block, "--block"),
         (options.nm_method, "--nm-method"),
         (options.nm_packed, "--nm-packed"),
-        (options.permute, "--permute"),
+        (options.permute or None, "--permute"),
     ):
         if given is not None:
             raise OptionError(f"{flag} says how weights become sparse: give --nm, such as --nm 2:4, too")
