@@ -256,7 +256,7 @@ def _sparsity_arguments(parser: argparse.ArgumentParser) -> None:
     sparsity.add_argument(
         "--permute",
         action="store_true",
-        help="first reorder channels so that larger weights stay; the function is the same (helps most without --calib)",
+        help="first reorder channels so that larger weights stay, the function being the same; best without --calib",
     )
     sparsity.add_argument(
         "--permute-seconds",

@@ -113,7 +113,6 @@ def test_inputs_choose_and_fit(cli: Cli) -> None:
         "2:4",
         "--calib",
         "calib.npz",
-        "--no-permute",
         "--no-repair",
         "--nm-method",
         "wanda",
