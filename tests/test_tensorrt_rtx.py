@@ -303,3 +303,59 @@ def test_rtx_that_does_not_start(tmp_path: Path, behaviour: str, said: str) -> N
 def test_rtx_that_is_missing(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"install graphprune\[rtx\]"):
         check_network(tmp_path / "net.onnx", environment={"PYTHONPATH": str(STAND_INS / "empty")})
+
+
+def between_layers(op: str) -> onnx.ModelProto:
+    """A convolution, an op that no cast lowers, and another convolution."""
+    nodes, constants = _DENIED_OPS[op]
+    rng = np.random.default_rng(0)
+    weights = {"w1": rng.standard_normal((16, 16, 3, 3)) / 12, "w2": rng.standard_normal((16, 16, 1, 1)) / 4}
+    arrays = {name: array.astype(np.float32) for name, array in weights.items()} | constants
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", ["x", "w1"], ["a"], "first", pads=[1, 1, 1, 1]),
+            *nodes,
+            onnx.helper.make_node("Conv", ["b", "w2"], ["z"], "second"),
+        ],
+        op,
+        [onnx.helper.make_tensor_value_info("x", 1, (1, 16, 8, 8))],
+        [onnx.helper.make_tensor_value_info("z", 1, None)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+
+
+_node = onnx.helper.make_node
+_last = np.array([3])
+#: Ops of the deny-list that TensorRT knows, as they may stand between two layers.
+_DENIED_OPS: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray]]] = {  # type: ignore[type-arg]
+    "CumSum": ([_node("CumSum", ["a", "axis"], ["b"], "denied")], {"axis": np.array(3)}),
+    "LRN": ([_node("LRN", ["a"], ["b"], "denied", size=3)], {}),
+    "LpNormalization": ([_node("LpNormalization", ["a"], ["b"], "denied", axis=1, p=2)], {}),
+    "ReduceL2": ([_node("ReduceL2", ["a", "axes"], ["b"], "denied")], {"axes": _last}),
+    "ReduceSumSquare": ([_node("ReduceSumSquare", ["a", "axes"], ["b"], "denied")], {"axes": _last}),
+    "ReduceLogSumExp": ([_node("ReduceLogSumExp", ["a", "axes"], ["b"], "denied")], {"axes": _last}),
+    "ReduceProd": ([_node("ReduceProd", ["a", "axes"], ["b"], "denied")], {"axes": _last}),
+    "Sin": ([_node("Sin", ["a"], ["b"], "denied")], {}),
+    "Cos": ([_node("Cos", ["a"], ["b"], "denied")], {}),
+    "Tan": ([_node("Tan", ["a"], ["b"], "denied")], {}),
+}
+
+
+@needs_rtx
+def test_networks_with_ops_that_stay_float32_parse_and_build(tmp_path: Path) -> None:
+    """A 16-bit network around an op of the deny-list is strongly typed and consistent."""
+    from graphprune.passes.cast_precision import cast_precision
+
+    candidates = []
+    for op in _DENIED_OPS:
+        model = ir.from_proto(between_layers(op))
+        report = cast_precision(model, "fp16", verify=False)
+        assert [kept.node for kept in report.kept] == ["denied"], op
+        assert report.contractions == (2, 0)
+        path = tmp_path / f"{op}.onnx"
+        ir.save(model, path)
+        candidates.append(Candidate(path))
+    for op, result in zip(_DENIED_OPS, check_networks(candidates), strict=True):
+        assert result.parses, (op, result.reason)
+        assert result.builds, (op, result.reason)
