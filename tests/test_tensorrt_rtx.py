@@ -328,7 +328,7 @@ def between_layers(op: str) -> onnx.ModelProto:
 _node = onnx.helper.make_node
 _last = np.array([3])
 #: Ops of the deny-list that TensorRT knows, as they may stand between two layers.
-_DENIED_OPS: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray]]] = {  # type: ignore[type-arg]
+_DENIED_OPS: dict[str, tuple[list[onnx.NodeProto], dict[str, np.ndarray]]] = {
     "CumSum": ([_node("CumSum", ["a", "axis"], ["b"], "denied")], {"axis": np.array(3)}),
     "LRN": ([_node("LRN", ["a"], ["b"], "denied", size=3)], {}),
     "LpNormalization": ([_node("LpNormalization", ["a"], ["b"], "denied", axis=1, p=2)], {}),
