@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from math import floor, prod
 from typing import Any, TypeAlias
 
@@ -164,6 +165,18 @@ def _elements(part: Slices) -> int:
     return prod(cut.stop - cut.start for cut in part)
 
 
+@lru_cache(maxsize=16)
+def _places(size: int, distance: int, m: int) -> tuple[Array, tuple[Mask, ...]]:
+    """Each element's place in its group, and which of those so far apart as 1, 2, ... m - 1 places share one.
+
+    The latter is empty where there is one group only. Kept: a stream has thousands of blocks of one size.
+    """
+    place = (np.arange(size) // distance % m).astype(np.uint8)
+    if size <= m * distance:
+        return place, ()
+    return place, tuple(place[: size - d * distance] < m - d for d in range(1, m))
+
+
 class _Tournament:
     """Decides blocks of one size, whose neighbours lie ``distance`` apart.
 
@@ -175,16 +188,15 @@ class _Tournament:
 
     def __init__(self, n: int, m: int, distance: int, scores: Array) -> None:
         size = len(scores)
-        place = (np.arange(size) // distance % m).astype(np.uint8)
-        self.start = place  # an element has won against all before it, until comparisons say otherwise
+        # An element has won against all before it, until comparisons say otherwise.
+        self.start, inside = _places(size, distance, m)
         self.wins, self.mask = np.empty(size, np.uint8), np.empty(size, np.bool_)
         self.least = np.uint8(m - n)
         beats = np.empty(size, np.bool_)
         self.rounds: list[tuple[Array, Array, Array, Mask | None, Array, Array]] = []
         for d in range(1, m):
             pairs = slice(0, size - d * distance), slice(d * distance, size)
-            # Pairs that lie in different groups do not count; in one group there are none.
-            valid = place[pairs[0]] < m - d if size > m * distance else None
+            valid = inside[d - 1] if inside else None
             first, second = (self.wins[p] for p in pairs)
             self.rounds.append((scores[pairs[0]], scores[pairs[1]], beats[pairs[0]], valid, first, second))
 

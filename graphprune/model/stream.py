@@ -23,8 +23,8 @@ from graphprune.errors import ModelError
 Array: TypeAlias = npt.NDArray[Any]
 #: Reads some of a tensor's elements, from a position on, into an array.
 Read = Callable[[int, Array], None]
-#: Bytes worked on at a time: what fits the cache of a core.
-STRETCH_BYTES = 1 << 20
+#: Bytes worked on at a time: enough that the interpreter's share of the time is small.
+STRETCH_BYTES = 1 << 22
 #: Threads that read and work while another writes.
 THREADS = 2
 
