@@ -72,7 +72,8 @@ def print_sparsity(report: SparsityReport, *, verified: bool, weights: bool) -> 
     if unlikely and report.target == "tensorrt":
         facts.add_row("gain", f"likely for {len(done) - unlikely}, unlikely for {unlikely} (small layers)")
     if verified:
-        facts.add_row("checked", "the weights hold the pattern; [green]nothing else changed[/]")
+        rest = "what stays was fitted" if report.layers else "[green]nothing else changed[/]"
+        facts.add_row("checked", f"the weights hold the pattern; {rest}")
     else:
         facts.add_row("checked", "[yellow]no[/]")
     reasons = Counter(entry.reason for entry in report.skipped if entry.reason)
