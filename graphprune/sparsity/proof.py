@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -12,8 +14,11 @@ from graphprune.kernels.block_masks import Outputs, fraction_block_mask, nm_bloc
 from graphprune.kernels.nm import Mask, most_nonzero, nm_mask, ranks
 from graphprune.model.nodes import stored_tensor
 from graphprune.model.read import all_graphs, all_nodes
-from graphprune.model.stream import STRETCH_BYTES, Array, element_type, reading, stretches
+from graphprune.model.stream import STRETCH_BYTES, THREADS, Array, element_type, reading, stretches
 from graphprune.sparsity.pattern import NM, Layout, Pattern
+
+#: What holds a tensor, and the tensor.
+Stored: TypeAlias = tuple[ir.Value, ir.TensorProtocol]
 
 
 def compare(name: str, source: ir.TensorProtocol, found: ir.TensorProtocol, *, zeroed: bool = False) -> None:
@@ -104,7 +109,7 @@ def most_held(tensor: ir.TensorProtocol, layout: Layout, m: int) -> int:
     return most
 
 
-def stored_tensors(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+def stored_tensors(model: ir.Model) -> Iterator[Stored]:
     """All initializers and constants, in the order in which files hold them."""
     for graph in all_graphs(model):
         for value in graph.initializers.values():
@@ -140,7 +145,9 @@ def check_file(
     stored, read = list(stored_tensors(model)), list(stored_tensors(written))
     if len(stored) != len(read):
         raise VerificationError(f"the file holds {len(read)} tensors where {len(stored)} were written")
-    for (value, tensor), (twin, found) in zip(stored, read, strict=True):
+
+    def check(item: tuple[Stored, Stored]) -> None:
+        (value, tensor), (twin, found) = item
         name = value.name or ""
         if value.name != twin.name:
             raise VerificationError(f"tensor {name!r} was written under the name {twin.name!r}")
@@ -151,3 +158,7 @@ def check_file(
         layout = masked.get(value) or fitted.get(value)
         if layout is not None:
             check_holds(name, found, layout, pattern)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(check, zip(stored, read, strict=True)):
+            pass  # raises what was found first in the order of the file
