@@ -96,6 +96,32 @@ def test_packed_beside_the_model(cli: Cli) -> None:
             assert packed.read(name).tobytes() == weights("net.pruned.onnx")[name].tobytes()
 
 
+def test_what_is_packed_is_what_a_cast_has_left(cli: Cli) -> None:
+    assert cli("net.onnx", "--nm", "2:4", "--precision", "fp16", "--nm-packed", "net.safetensors").code == 0
+    held = weights("net.pruned.onnx")
+    with PackedReader("net.safetensors") as packed:
+        assert len(packed.weights) == 3
+        for name in packed.weights:
+            assert packed.read(name).dtype == np.float16
+            assert packed.read(name).tobytes() == held[name].tobytes()
+
+
+def test_weights_without_an_order_are_named(cli: Cli) -> None:
+    model = onnx.load("net.onnx")
+    for tensor in model.graph.initializer:
+        if tensor.name == "product.w":
+            array = numpy_helper.to_array(tensor).copy()
+            array[3, 5] = np.nan
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, "nan.onnx")
+    result = cli("nan.onnx", "--nm", "2:4")
+    assert result.code == 1
+    assert "'product.w'" in result.err
+    assert "NaN" in result.err
+    assert not Path("nan.pruned.onnx").exists()
+    assert cli("nan.onnx", "--nm", "2:4", "--exclude", "product.w").code == 0
+
+
 def test_inputs_choose_and_fit(cli: Cli) -> None:
     x = np.random.default_rng(0).standard_normal((64, 16, 6, 6)).astype(np.float32)
     np.savez("calib.npz", x=x)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from graphprune.errors import OptionError
 from graphprune.sparsity.pattern import NM, Pattern
+from graphprune.sparsity.report import WeightReport
 from graphprune.sparsity.sites import Site
 
 
@@ -116,3 +117,20 @@ def gain(site: Site, target: Target) -> str | None:
     if min(layout.contracted, layout.outputs) < target.gain_from:
         return f"{layout.contracted} x {layout.outputs} is small: below {target.gain_from} dense kernels are as fast"
     return None
+
+
+def judged(site: Site, pattern: Pattern, target: Target) -> WeightReport:
+    """What a target says of a weight; its contents are not looked at."""
+    reason = obstacle(site, pattern, target)
+    return WeightReport(
+        site.name,
+        site.use.node,
+        site.use.op,
+        site.shape,
+        site.dtype.name,
+        site.layout,
+        reason is None,
+        reason,
+        gain(site, target),
+        tail(site, pattern) if reason is None else 0,
+    )

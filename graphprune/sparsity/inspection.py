@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from graphprune.errors import SparsityError
 from graphprune.model.stream import STRETCH_BYTES, element_type, reading, stretches
-from graphprune.sparsity.eligibility import find_target, gain, obstacle, tail
+from graphprune.sparsity.eligibility import find_target, judged
 from graphprune.sparsity.pattern import NM
 from graphprune.sparsity.proof import most_held
 from graphprune.sparsity.report import SparsityReport, WeightReport
@@ -46,12 +46,7 @@ def inspect_sparsity(
     for number, site in enumerate(sites):
         if progress is not None:
             progress(number, len(sites))
-        reason = obstacle(site, pattern, runtime)
-        use = next((use for use in site.uses if use.layout is not None), site.uses[0])
-        entry = WeightReport(
-            site.name, use.node, use.op, site.shape, site.dtype.name, site.layout, reason is None, reason
-        )
-        entry.unlikely, entry.tail = gain(site, runtime), tail(site, pattern) if reason is None else 0
+        entry = judged(site, pattern, runtime)
         _look(site, pattern, entry)
         entries.append(entry)
     return SparsityReport(str(pattern), target, "inspection", entries)

@@ -104,8 +104,8 @@ class Site:
 
     @property
     def use(self) -> Use:
-        """The first op that contracts it."""
-        return next(use for use in self.uses if use.layout is not None)
+        """The first op that contracts it, or else the first that was to."""
+        return next((use for use in self.uses if use.layout is not None), self.uses[0])
 
 
 @dataclass(frozen=True, slots=True)

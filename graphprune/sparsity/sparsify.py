@@ -23,9 +23,9 @@ from graphprune.model.inlining import inline
 from graphprune.model.nodes import stored_tensor
 from graphprune.model.stream import STRETCH_BYTES, StreamedTensor, element_type
 from graphprune.progress import Progress, part_of, timed
-from graphprune.sparsity.eligibility import find_target, gain, obstacle, tail
+from graphprune.sparsity.eligibility import find_target, judged, obstacle
 from graphprune.sparsity.pattern import NM, Layout, Pattern
-from graphprune.sparsity.proof import check_file, mask_of
+from graphprune.sparsity.proof import check_file, mask_of, most_held
 from graphprune.sparsity.report import SparsityReport, WeightReport
 from graphprune.sparsity.sites import Site, find_sites
 
@@ -158,28 +158,18 @@ class Sparsifier:
         excluded = _matching(settings.exclude, names)
         found = {}
         for site, wanted, unwanted in zip(sites, included, excluded, strict=True):
-            reason = obstacle(site, settings.pattern, target)
-            left = tail(site, settings.pattern)
-            if reason is None and left and settings.tail == "refuse":
-                reason = f"{settings.pattern} does not divide its input channels: {left} are left over"
-            if reason is None and (unwanted or not wanted):
-                reason = "it was excluded"
-            use = next((use for use in site.uses if use.layout is not None), site.uses[0])
-            entry = WeightReport(
-                site.name,
-                use.node,
-                use.op,
-                site.shape,
-                site.dtype.name,
-                site.layout,
-                reason is None,
-                reason,
-                gain(site, target),
-                left if reason is None else 0,
-            )
-            self.report.weights.append(entry)
-            if reason is None:
+            entry = judged(site, settings.pattern, target)
+            if entry.tail and settings.tail == "refuse":
+                entry.reason = (
+                    f"{settings.pattern} does not divide its input channels: {entry.tail} are left over"
+                )
+            elif entry.eligible and (unwanted or not wanted):
+                entry.reason = "it was excluded"
+            if entry.reason is None:
                 found[site.value] = (site, entry)
+            else:
+                entry.eligible, entry.tail = False, 0
+            self.report.weights.append(entry)
         if not found:
             raise SparsityError(f"no weight can be made {settings.pattern}: {_reasons(self.report.weights)}")
         if tails := [entry for entry in self.report.weights if entry.tail]:
@@ -270,7 +260,10 @@ class Sparsifier:
 
         def change(start: int, stop: int, elements: Array) -> None:
             before = _magnitude(elements)
-            _mask(elements.reshape(layout.view(start, stop)), pattern, layout)
+            try:
+                _mask(elements.reshape(layout.view(start, stop)), pattern, layout)
+            except ValueError as error:
+                raise SparsityError(f"weight {site.name!r}: {error}; leave it out with --exclude") from error
             sums[start] = before, _magnitude(elements)
             if len(sums) == len(parts):
                 total, left = (sum(column) for column in zip(*sums.values(), strict=True))
@@ -288,7 +281,7 @@ class Sparsifier:
     # -- what is written beside the model ---------------------------------------------------------------------------
 
     def save_packed(self, path: Path) -> None:
-        """Write the sparse weights packed: values and indices (:mod:`graphprune.sparsity.packed`), one after another.
+        """Write the weights that hold the pattern packed (:mod:`graphprune.sparsity.packed`), one after another.
 
         Raises:
             OptionError: The pattern, or a weight's type, cannot be packed.
@@ -299,17 +292,23 @@ class Sparsifier:
         pattern = self.settings.pattern
         if not isinstance(pattern, NM):
             raise OptionError(f"{pattern} cannot be packed, only N:M patterns")
-        chosen = {**self._masked, **self._fitted}
-        tensors = {value: tensor for value in chosen if (tensor := stored_tensor(value)) is not None}
+        # Found anew: a cast stores what was chosen under other names.
+        target = find_target(self.settings.target, pattern)
+        sites = [
+            site
+            for site in find_sites(self.model)
+            if obstacle(site, pattern, target) is None
+            and site.layout is not None
+            and most_held(site.tensor, site.layout, pattern.m) <= pattern.n
+        ]
         weights = [
-            PackedWeight(
-                value.name or "", element_type(tensor), self.sites[value][0].shape, chosen[value], pattern
-            )
-            for value, tensor in tensors.items()
+            PackedWeight(site.name, element_type(site.tensor), site.shape, site.layout, pattern)
+            for site in sites
+            if site.layout is not None
         ]
         with self._timed("packing"), PackedWriter(path, weights) as writer:
-            for value, tensor in tensors.items():
-                writer.write(value.name or "", tensor.numpy())
+            for site in sites:
+                writer.write(site.name, site.tensor.numpy())
 
     # -- the proof --------------------------------------------------------------------------------------------------
 
