@@ -6,7 +6,6 @@ of one initializer that need different contents get initializers of their own.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Container, Hashable, Iterator
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from graphprune.errors import PlanError
 from graphprune.graph import Tensor
 from graphprune.graph.evaluate import evaluate_constant
 from graphprune.model.splice import Splicer
+from graphprune.model.stream import release
 
 Array = npt.NDArray[Any]
 
@@ -47,9 +47,7 @@ def changed_later(source: ir.TensorProtocol, change: Change) -> ir.LazyTensor:
         array = source.numpy()
         new = change.apply(array)
         del array
-        if isinstance(source, ir.ExternalTensor):
-            with contextlib.suppress(BufferError):  # somebody looks at the contents
-                source.release()  # the pages of a mapped file count as memory while they are mapped
+        release(source)
         return ir.Tensor(new, dtype=source.dtype, name=source.name)
 
     return ir.LazyTensor(

@@ -17,6 +17,7 @@ from graphprune.graph import Graph, Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
 from graphprune.model import copy, save
+from graphprune.model.stream import release_all
 from graphprune.plan import Masks
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def verify(
         check_valid(path, pruned.original)
         masked_path = folder / "masked.onnx"
         _save_masked(pruned, masked_path)
-        _release(pruned.original)
+        release_all(pruned.original)
         expected, original = _run_masked(masked_path, feeds)
         with open_session(path, "the pruned model") as session:
             found = run_session(session, feeds, "the pruned model")
@@ -376,15 +377,6 @@ def verify_sound(
         if other.shape == array.shape:
             changes.append(difference(array, other))
     pruned.report.output_change = max(changes)
-
-
-def _release(model: ir.Model) -> None:
-    """Unmap external data: pages that have been read count as memory while they are mapped."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                with contextlib.suppress(BufferError):  # somebody still looks at it
-                    value.const_value.release()
 
 
 def dtype_of(array: Any) -> np.dtype[Any]:

@@ -142,3 +142,11 @@ def release(tensor: ir.TensorProtocol) -> None:
     if isinstance(tensor, ir.ExternalTensor):
         with suppress(BufferError):  # somebody looks at the contents
             tensor.release()
+
+
+def release_all(model: ir.Model) -> None:
+    """Let go of every mapped file that the model's initializers are read from."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                release(value.const_value)

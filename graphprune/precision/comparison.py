@@ -14,7 +14,7 @@ import onnx_ir as ir
 from graphprune.graph import Graph
 from graphprune.model import copy, save
 from graphprune.model.nodes import captured, is_constant_value, subgraphs
-from graphprune.model.stream import release
+from graphprune.model.stream import release_all
 from graphprune.precision.choice import Choice, all_nodes, kind_of
 from graphprune.precision.emulation import emulate
 from graphprune.precision.formats import MOVEMENT, Format
@@ -310,10 +310,7 @@ class Comparison:
 def _write(model: ir.Model, path: Path) -> None:
     """Write a model, and let go of the files that it was read from."""
     save(model, path)
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None:
-                release(value.const_value)
+    release_all(model)
 
 
 def values_of(model: ir.Model) -> Iterator[ir.Value]:

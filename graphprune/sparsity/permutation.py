@@ -7,7 +7,6 @@ their labels is stored in the new order.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from graphprune.graph import Op, Tensor
 from graphprune.graph.evaluate import evaluate_constant
 from graphprune.kernels.permutation import kept_of, search_permutation
 from graphprune.model.splice import Splicer
+from graphprune.model.stream import release_all
 from graphprune.network import Network
 from graphprune.rules.registry import Refusal
 from graphprune.sparsity.exchange import Exchange, exchange_classes, functions_bearing
@@ -358,7 +358,7 @@ def find_orders(
     limits = []
     for each in found:
         matrix = importance.matrix(each)
-        _unmap(network.model)
+        release_all(network.model)
         limits.append((_kept(matrix, n, m), _bound(matrix, n, m), float(matrix.sum(dtype=np.float64))))
     gaps = np.asarray([max(bound - kept, 0.0) for kept, bound, _ in limits])
     parts = gaps / max(float(gaps.sum()), 1e-30)
@@ -378,22 +378,13 @@ def find_orders(
             progress=None if progress is None else _part(progress, parts[:number].sum(), parts[number]),
         )
         orders.append((each.labels, each.labels[order]))
-        _unmap(network.model)
+        release_all(network.model)
         took = time.perf_counter() - start
         names = tuple(each.weights)
         reports.append(ClassReport(each.name, len(order), names, kept, permuted, bound, total, took))
     if progress is not None:
         progress(1.0)
     return orders, reports
-
-
-def _unmap(model: ir.Model) -> None:
-    """Give mapped files back: pages that have been read count as memory while they are mapped."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                with contextlib.suppress(BufferError):  # somebody looks at the contents
-                    value.const_value.release()
 
 
 def _share(seconds: float, gaps: npt.NDArray[np.float64]) -> float:
