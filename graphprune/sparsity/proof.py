@@ -10,11 +10,11 @@ import numpy as np
 import onnx_ir as ir
 
 from graphprune.errors import VerificationError
-from graphprune.kernels.block_masks import Outputs, fraction_block_mask, nm_block_mask, unstructured_mask
-from graphprune.kernels.nm import Mask, most_nonzero, nm_mask, ranks
+from graphprune.kernels.nm import most_nonzero
 from graphprune.model.nodes import stored_tensor
 from graphprune.model.read import all_graphs, all_nodes
-from graphprune.model.stream import STRETCH_BYTES, THREADS, Array, element_type, reading, stretches
+from graphprune.model.stream import STRETCH_BYTES, THREADS, element_type, reading, stretches
+from graphprune.sparsity.masks import mask_of
 from graphprune.sparsity.pattern import NM, Layout, Pattern
 
 #: What holds a tensor, and the tensor.
@@ -75,24 +75,6 @@ def check_holds(name: str, tensor: ir.TensorProtocol, layout: Layout, pattern: P
     array = tensor.numpy().reshape(layout.shape)
     if (array[~mask_of(array, pattern, layout)] != 0).any():
         raise VerificationError(f"weight {name!r} was to be {pattern}, and is not")
-
-
-def mask_of(array: Array, pattern: Pattern, layout: Layout) -> Mask:
-    """What stays of a weight where the elements of least magnitude go.
-
-    Args:
-        array: ``[outer, contracted, inner]``.
-        pattern: What it is to hold.
-        layout: How it is contracted.
-    """
-    outputs = Outputs(layout.outputs_axis, layout.outputs, layout.outputs_step)
-    if isinstance(pattern, NM):
-        if pattern.block == (1, 1):
-            return nm_mask(ranks(array), pattern.n, pattern.m)
-        return nm_block_mask(array, pattern.n, pattern.m, *pattern.block, outputs)
-    if pattern.block == (1, 1):
-        return unstructured_mask(ranks(array), pattern.fraction)
-    return fraction_block_mask(array, pattern.fraction, *pattern.block, outputs)
 
 
 def most_held(tensor: ir.TensorProtocol, layout: Layout, m: int) -> int:

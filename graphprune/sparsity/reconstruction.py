@@ -26,7 +26,6 @@ from graphprune.kernels.alps import alps_mask
 from graphprune.kernels.box import Mask
 from graphprune.kernels.gram import GramAccumulator
 from graphprune.kernels.masked_refit import masked_refit
-from graphprune.kernels.nm import nm_mask, ranks
 from graphprune.kernels.refit import refit
 from graphprune.kernels.sparsegpt import largest_of_groups, sparsegpt, wanda_scores
 from graphprune.layers.contractions import Contraction, find_contraction
@@ -35,6 +34,7 @@ from graphprune.model import copy
 from graphprune.model.inlining import inline, inlined
 from graphprune.model.nodes import stored_tensor
 from graphprune.repair.refit import FrontToBack, Layer, Pair
+from graphprune.sparsity.masks import mask_of
 from graphprune.sparsity.pattern import NM, Layout
 
 Ints = npt.NDArray[np.int64]
@@ -346,7 +346,7 @@ def mask_by_magnitude(value: ir.Value, layout: Layout, pattern: NM) -> Mask:
     array = np.array(tensor.numpy())
     if tensor.dtype.is_floating_point() and np.isnan(array.astype(np.float32)).any():
         raise SparsityError(f"weight {value.name!r} holds NaN: its elements have no order")
-    mask = nm_mask(ranks(array).reshape(layout.shape), pattern.n, pattern.m).reshape(array.shape)
+    mask = mask_of(array.reshape(layout.shape), pattern, layout).reshape(array.shape)
     array[~mask] = 0
     _write(value, array)
     return mask

@@ -18,14 +18,15 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from graphprune.errors import OptionError, SparsityError
-from graphprune.kernels.nm import magnitude, sparsify
+from graphprune.kernels.nm import kept, sparsify
 from graphprune.model.inlining import inline
 from graphprune.model.nodes import stored_tensor
 from graphprune.model.stream import STRETCH_BYTES, StreamedTensor, element_type
 from graphprune.progress import Progress, part_of, timed
 from graphprune.sparsity.eligibility import find_target, judged, obstacle
+from graphprune.sparsity.masks import mask_of
 from graphprune.sparsity.pattern import NM, Layout, Pattern
-from graphprune.sparsity.proof import check_file, mask_of, most_held
+from graphprune.sparsity.proof import check_file, most_held
 from graphprune.sparsity.report import SparsityReport, WeightReport
 from graphprune.sparsity.sites import Site, find_sites
 
@@ -240,7 +241,7 @@ class Sparsifier:
             site, entry = self.sites[value]
             entry.method = "magnitude" if site.name in fallen_back else self.method
             whole = sources[value].numpy().reshape(layouts[value].shape)
-            entry.kept = _share(whole * mask.reshape(whole.shape), whole)
+            entry.kept = kept(whole, mask.reshape(whole.shape))
             self._fitted[value] = layouts[value]
         self.report.notes += [f"{name} was chosen by magnitude: {why}" for name, why in fallen_back.items()]
         self.report.layers = done.to_dict()["layers"]
@@ -349,11 +350,6 @@ def _magnitude(elements: Array) -> float:
     if elements.dtype.kind != "f" or elements.dtype.itemsize < 4:
         elements = elements.astype(np.float32)
     return float(np.abs(elements).sum())
-
-
-def _share(left: Array, whole: Array) -> float:
-    total = magnitude(whole)
-    return magnitude(left) / total if total else 1.0
 
 
 def _matching(globs: Sequence[str], names: Sequence[Sequence[str]]) -> list[bool]:
