@@ -211,6 +211,9 @@ def paired_latency(settings: Settings, paths: list[Path], rounds: int = 31) -> l
     """Milliseconds of each file in each round, one image, the order of the files turned round every time."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = settings.threads
+    options.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # or it takes cores from who runs next
     sessions = [
         onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]) for path in paths
     ]

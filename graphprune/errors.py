@@ -49,3 +49,9 @@ class VerificationError(GraphPruneError):
 
 class EngineError(GraphPruneError):
     """TensorRT is missing, fails, or does not take the network."""
+
+
+def said(error: Exception, lines: int = 1) -> str:
+    """What another package's exception says, in one line made of its first ``lines`` that are not blank."""
+    said = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(said[:lines]) or type(error).__name__

@@ -12,13 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphprune.errors import VerificationError
+from graphprune.errors import ModelError, VerificationError, said
 from graphprune.graph import Graph, Op, Tensor
 from graphprune.kernels.box import compact
 from graphprune.masked import SWITCH, mask_model
 from graphprune.model import copy, save
 from graphprune.model.stream import release_all
 from graphprune.plan import Masks
+from graphprune.runtime import make_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Feeds = dict[str, Array]
 
+#: Weights are not copied into the layouts of kernels: that takes memory and time, and one run is all there is.
+_UNPACKED = {"session.disable_prepacking": "1"}
 #: Largest difference allowed, relative to the greatest magnitude of an output.
 TOLERANCE = 1e-4
 #: For narrower types the tolerance is this many units of their precision, where that is more.
@@ -165,12 +168,7 @@ def check_valid(path: Path, original: ir.Model, what: str = "the pruned model") 
                 onnx.checker.check_model(str(before), full_check=True)
             except Exception:
                 return  # the original has the same fault, or a worse one: it is not ours
-        raise VerificationError(f"{what} is not valid: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) if lines else type(error).__name__
+        raise VerificationError(f"{what} is not valid: {said(error, 2)}") from error
 
 
 @contextlib.contextmanager
@@ -180,22 +178,13 @@ def open_session(path: Path, what: str) -> Iterator[onnxruntime.InferenceSession
     Raises:
         VerificationError: ONNX Runtime cannot load it.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    # Unoptimised: both models then run the same kernels, so that rounding alone can differ.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    # Memory is given back when a tensor dies; the arena would keep the most that any run needed.
-    options.enable_cpu_mem_arena = False
-    options.enable_mem_pattern = False
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+        # Unoptimised: both models then run the same kernels, so that rounding alone can differ.
+        session = make_session(path, optimise=False, what=what, entries=_UNPACKED, enable_mem_pattern=False)
+    except ModelError as error:
         raise VerificationError(
-            f"ONNX Runtime cannot load {what}: {_first_line(error)}; if it does not know an op or type of the original"
-            " either, nothing can be verified here: use --no-verify"
+            f"{error}; if it does not know an op or type of the original either, nothing can be verified here: use"
+            " --no-verify"
         ) from error
     yield session
 
@@ -212,7 +201,7 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds, what: str) 
         results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
     except Exception as error:
         raise VerificationError(
-            f"ONNX Runtime cannot run {what}: {_first_line(error)}; if it cannot run the original on random inputs"
+            f"ONNX Runtime cannot run {what}: {said(error, 2)}; if it cannot run the original on random inputs"
             " either, give inputs that it can with --calib"
         ) from error
     return dict(zip(names, results, strict=True))

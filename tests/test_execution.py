@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphprune.errors import ModelError
-from graphprune.layers.execution import Feeds, Piece, StagedRun, constant_contents, make_session, reads
+from graphprune.layers.execution import Feeds, Piece, StagedRun, constant_contents, reads
+from graphprune.runtime import make_session
 
 from .activations import Array, activations
 from .twins import parse

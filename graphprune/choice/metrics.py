@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from graphprune.calibration import Calibration
 from graphprune.calibration.memory import require
-from graphprune.errors import MetricError, ModelError, OptionError
+from graphprune.errors import MetricError, ModelError, OptionError, said
 
 Array = npt.NDArray[Any]
 #: Outputs by name, samples along axis 0; an array of objects, one for each sample, where their shapes differ.
@@ -254,9 +253,9 @@ def evaluate(
         ModelError: ONNX Runtime cannot load or run the model, or an output is no tensor.
         OptionError: The inputs cannot be read, or the outputs do not fit into memory.
     """
-    from graphprune.layers.execution import make_session
+    from graphprune.runtime import make_session
 
-    session = make_session(os.fspath(model) if isinstance(model, Path) else model, threads)
+    session = make_session(model, threads=threads)
     names = [output.name for output in session.get_outputs()]
     read = {value.name for value in session.get_inputs()}
     parts: dict[str, list[Array]] = {name: [] for name in names}
@@ -265,7 +264,7 @@ def evaluate(
         try:
             results = session.run(names, {name: array for name, array in feed.items() if name in read})
         except Exception as error:
-            raise ModelError(f"ONNX Runtime cannot run the model: {_said(error)}") from error
+            raise ModelError(f"ONNX Runtime cannot run the model: {said(error)}") from error
         counts.append(_samples(feed, calibration))
         for name, result in zip(names, results, strict=True):
             if not isinstance(result, np.ndarray | np.generic):

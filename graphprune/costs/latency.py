@@ -1,6 +1,6 @@
 """Latency: what a cut saves of the time that a network takes in ONNX Runtime on this machine.
 
-The network is run once, kernel by kernel. Of each kernel it is then known how its time shrinks:
+The network is run whole and kernel by kernel. Of each kernel it is then known how its time shrinks:
 
 - a convolution, a matrix product, a recurrent layer: by a table of the op's times at several widths, measured alone,
   and interpolated linearly (in two directions where inputs and outputs are cut);
@@ -25,7 +25,7 @@ from graphprune.costs.attribution import Stem, name_nodes, stems_of
 from graphprune.costs.cache import Cache, machine
 from graphprune.costs.layers import Cut, Layer, layer_of
 from graphprune.costs.models import PolynomialCost, Term, bytes_each
-from graphprune.costs.timing import Feeds, Profile, profile, stored
+from graphprune.costs.timing import Feeds, Profile, profile, run_times, stored
 from graphprune.costs.widths import Floats, Kept, Widths
 from graphprune.errors import ModelError
 
@@ -360,7 +360,7 @@ def _shares(seconds: float, terms: Sequence[Term], widths: Widths) -> list[Term]
 
 
 def profile_network(network: Network, feeds: Feeds | None, threads: int) -> Profile:
-    """Run a network kernel by kernel, at the twin's sizes; nodes have the names of :func:`name_nodes`.
+    """Run a network, whole and kernel by kernel, at the twin's sizes; nodes have the names of :func:`name_nodes`.
 
     Raises:
         ModelError: ONNX Runtime cannot run it.
@@ -372,4 +372,5 @@ def profile_network(network: Network, feeds: Feeds | None, threads: int) -> Prof
     name_nodes(model)
     given = feeds if feeds is not None else random_feeds(network.analysis.graph, 0)
     with stored(model) as path:
-        return profile(path, given, runs=NETWORK_RUNS, seconds=NETWORK_SECONDS, threads=threads)
+        seen = profile(path, given, runs=NETWORK_RUNS, seconds=NETWORK_SECONDS, threads=threads)
+        return seen.unprofiled(run_times(path, given, NETWORK_RUNS, threads=threads, seconds=NETWORK_SECONDS))

@@ -23,14 +23,14 @@ from graphprune.depth.blocks import (
     find_branches,
     is_fused_norm,
 )
-from graphprune.errors import ModelError, OptionError
+from graphprune.errors import ModelError, OptionError, said
 from graphprune.graph.twin import build_twin
-from graphprune.layers.execution import make_session
 from graphprune.masked import WHERE_SINCE
 from graphprune.model import copy, save
 from graphprune.model.inlining import inline
 from graphprune.model.nodes import subgraphs
 from graphprune.model.splice import Splicer
+from graphprune.runtime import make_session
 from graphprune.verify import random_feeds
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _name(value: ir.Value | None) -> str:
 
 def _session(model: ir.Model, path: Path) -> onnxruntime.InferenceSession:
     save(model, path)
-    return make_session(str(path))
+    return make_session(path)
 
 
 def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
@@ -324,15 +324,10 @@ def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
         results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
     except Exception as error:
         raise ModelError(
-            f"ONNX Runtime cannot run the network to measure its blocks: {_line(error)}; give inputs that it can run"
+            f"ONNX Runtime cannot run the network to measure its blocks: {said(error)}; give inputs that it can run"
             " with --calib"
         ) from error
     return dict(zip(names, results, strict=True))
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 # -- cutting --------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ import scipy.sparse
 from graphprune.axes.groups import Group
 from graphprune.axes.labels import Labels
 from graphprune.calibration import Calibration
-from graphprune.errors import GraphPruneError, OptionError
+from graphprune.errors import GraphPruneError, ModelError, OptionError
 from graphprune.gradients.gates import Gate, find_gates, free_labels, sample_positions
 from graphprune.gradients.objective import objective
 from graphprune.gradients.vjp.emit import Value
@@ -51,6 +51,7 @@ from graphprune.gradients.vjp.program import WITHOUT, Place, Program
 from graphprune.graph import Graph, Tensor
 from graphprune.graph.twin import build_twin
 from graphprune.network import Network
+from graphprune.runtime import make_session
 from graphprune.scores.weights import weights_of
 
 if TYPE_CHECKING:
@@ -412,14 +413,7 @@ def _same_tensors(here: Graph, there: Graph) -> dict[Tensor, Tensor]:
 
 
 def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
     try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OptionError(f"ONNX Runtime cannot load the gradient model: {reason}; {WITHOUT}") from error
+        return make_session(model, what="the gradient model")
+    except ModelError as error:
+        raise OptionError(f"{error}; {WITHOUT}") from error

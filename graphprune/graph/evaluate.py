@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphprune.errors import ModelError
+from graphprune.errors import ModelError, said
 from graphprune.graph import TWIN_DOMAIN, Op, Tensor
 from graphprune.model.nodes import stored_tensor
+from graphprune.runtime import make_session
 
 Array: TypeAlias = np.ndarray[Any, Any]
 #: An ONNX type; needed where a value may also be a sequence, an optional or a map.
@@ -134,8 +135,6 @@ def run_reference(op: Op, arrays: Sequence[Array | None]) -> list[Array]:
 
 def run_onnxruntime(op: Op, arrays: Sequence[Array | None]) -> list[Array | None]:
     """Runs one op in ONNX Runtime on the CPU: for other domains and ops without a reference implementation."""
-    import onnxruntime
-
     node = node_proto(op)
     inputs = [
         onnx.helper.make_tensor_value_info(f"i{slot}", int(ir.DataType.from_numpy(array.dtype)), array.shape)
@@ -150,11 +149,7 @@ def run_onnxruntime(op: Op, arrays: Sequence[Array | None]) -> list[Array | None
         opset_imports=[onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()],
         ir_version=10,
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = make_session(model)
     results = iter(session.run(None, {f"i{k}": array for k, array in enumerate(arrays) if array is not None}))
     return [next(results) if name else None for name in node.output]
 
@@ -216,8 +211,7 @@ def _run(op: Op, arrays: list[Array | None]) -> Sequence[Array | None]:
                 return run_onnxruntime(op, arrays)
         return run_onnxruntime(op, arrays)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{op.name}: the constant it computes cannot be evaluated: {reason}") from error
+        raise ModelError(f"{op.name}: the constant it computes cannot be evaluated: {said(error)}") from error
 
 
 def _stored(tensor: Tensor) -> Array:

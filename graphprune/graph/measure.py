@@ -8,8 +8,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from graphprune.errors import ModelError
+from graphprune.errors import ModelError, said
 from graphprune.graph.walk import Hint
+from graphprune.runtime import make_session
 
 #: ONNX's limit for a model in one message.
 _MAX_PROTO = 2**31 - 2**20
@@ -30,8 +31,6 @@ def measure(
     Raises:
         ModelError: if ONNX Runtime cannot load or run the model.
     """
-    import onnxruntime
-
     if any(shape is None for shape in sizes.values()):
         raise ModelError("the model cannot be run: the rank of an input is not known")
     stored = sum(
@@ -55,21 +54,15 @@ def measure(
             output.type.tensor_type.ClearField("shape")
     names = [value.name for value in values if value.name]
     proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     directory = _external_directory(model)
-    if directory:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", directory)
+    entries = {"session.model_external_initializers_file_folder_path": directory} if directory else {}
     try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = make_session(proto, optimise=False, entries=entries)
         results = session.run(
             names, {i.name: random_input(i.type, sizes[i.name]) for i in session.get_inputs()}
         )
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].split(" Status Message: ")[-1]
+        reason = said(error).split(" Status Message: ")[-1]
         raise ModelError(f"the model cannot be run to see unknown shapes: {reason}") from error
     seen = dict(zip(names, results, strict=True))
     hints: dict[ir.Value, Hint] = {}

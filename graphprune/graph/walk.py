@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from graphprune.errors import ModelError
+from graphprune.errors import ModelError, said
 from graphprune.graph import TWIN_DOMAIN, Op, Tensor
 from graphprune.graph.evaluate import Array, Type, fits, is_random, schema_of
 from graphprune.graph.inference import NOTHING, READS_FLOATS, Found, Inference
@@ -310,7 +310,7 @@ class Walk:
             try:
                 found = self.inference.types(op, self.types)
             except Exception as error:  # InferenceError, or a ValueError for an attribute of the wrong type
-                self.errors.append((op.name, (str(error).splitlines() or [type(error).__name__])[0]))
+                self.errors.append((op.name, said(error)))
         complete = True
         for tensor, result in zip(op.outputs, found, strict=True):
             if tensor is None:

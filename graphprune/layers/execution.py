@@ -18,8 +18,9 @@ import onnx
 import onnx_ir as ir
 
 from graphprune.calibration import Array
-from graphprune.errors import ModelError
+from graphprune.errors import ModelError, said
 from graphprune.model.nodes import captured, stored_tensor, subgraphs
+from graphprune.runtime import make_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,38 +30,6 @@ Feeds: TypeAlias = dict[str, Array]
 
 #: Activations of all batches are held in memory up to this many bytes.
 MEMORY_LIMIT = 2 << 30
-
-
-def make_session(
-    model: onnx.ModelProto | bytes | str, threads: int = 0, optimise: bool = True
-) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU.
-
-    Args:
-        model: The model, serialised or not, or its path.
-        threads: For each op; 0: as many as there are cores.
-        optimise: Let ONNX Runtime rewrite the model before it runs.
-
-    Raises:
-        ModelError: ONNX Runtime cannot load the model.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
-    if not optimise:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    # Memory is given back when a tensor dies: statistics and weights need it too.
-    options.enable_cpu_mem_arena = False
-    payload = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
-    try:
-        return onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ModelError(
-            f"ONNX Runtime cannot load the model: {lines[0] if lines else type(error).__name__}"
-        ) from error
 
 
 def reads(node: ir.Node) -> list[ir.Value]:
@@ -172,9 +141,7 @@ class Piece:
             try:
                 results = self._session.run(self.outputs, arrays)
             except Exception as error:
-                raise ModelError(
-                    f"ONNX Runtime cannot run the model: {str(error).splitlines()[0]}"
-                ) from error
+                raise ModelError(f"ONNX Runtime cannot run the model: {said(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 
 
