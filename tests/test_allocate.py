@@ -152,7 +152,55 @@ def test_uniform_is_the_mildest_ratio_that_meets_the_budget(scope: str, share: f
         for r in np.linspace(0, 1 - 1e-6, 2001)
     ]
     costs = [cost.total(each) for each in reachable]
-    assert cost.total(kept) == max(c for c in costs if c <= budget)
+    assert max(c for c in costs if c <= budget) <= cost.total(kept) <= budget
+
+
+def test_of_groups_that_a_ratio_cuts_together_those_worth_most_are_spared() -> None:
+    """Four groups of 32 go to 24 at one ratio; a budget of 112 lets two of them stay."""
+    groups = groups_of([32, 32, 32, 32])
+    scores = np.r_[0.0, np.tile(np.arange(1.0, 33.0), 4)]
+    for group, factor in zip(groups, (2, 16, 8, 4), strict=True):  # the worth of the weakest eight
+        scores[group.labels[:8]] /= factor
+    kept = uniform(groups, scores, [0.5] * 4, Cost(sum), 112.5)
+    assert kept == [32, 24, 24, 32]
+    kept = uniform(groups, 7 * scores, [0.5] * 4, Cost(sum), 111.5)  # a scale tells nothing
+    assert kept == [32, 24, 24, 24]
+    assert uniform(groups, scores, [0.5] * 4, Cost(sum), 96) == [24, 24, 24, 24]
+    assert uniform(groups, scores, [0.5] * 4, Cost(sum), 95) == [16, 24, 24, 24]
+
+
+@given(
+    st.lists(st.sampled_from([5, 16, 32, 64]), min_size=1, max_size=5),
+    st.integers(0, 999),
+    st.floats(0.15, 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_uniform_spends_what_a_spared_group_costs(sizes: list[int], seed: int, share: float) -> None:
+    """No group could keep what it has at the next milder ratio without breaking the budget."""
+    groups = groups_of(sizes)
+    draw = np.random.default_rng(seed)
+    scores = np.r_[0.0, draw.random(sum(sizes))]
+    prices = draw.integers(1, 9, len(sizes)).tolist()
+    cost = Cost(lambda kept: sum(p * k for p, k in zip(prices, kept, strict=True)))
+    budget = share * cost.total(sizes)
+    wanted = [0.5] * len(sizes)
+    try:
+        kept = uniform(groups, scores, wanted, cost, budget)
+    except BudgetError:
+        return
+    assert cost.total(kept) <= budget
+    milder = min(
+        (
+            counts
+            for ratio in np.linspace(0, 1 - 1e-6, 1001)
+            if cost.total(counts := keep_counts(groups, scores, [ratio] * len(sizes), "local", 0.1)) > budget
+        ),
+        key=cost.total,
+        default=sizes,
+    )
+    for index, count in enumerate(milder):
+        if count > kept[index]:
+            assert cost.total([count if i == index else k for i, k in enumerate(kept)]) > budget
 
 
 def test_levels_are_spread_and_end_where_the_floor_is() -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from graphprune.axes.groups import Group
 from graphprune.choice.rounding import allowed_counts
-from graphprune.choice.scope import keep_counts
+from graphprune.choice.scope import keep_counts, ranked_parts
 from graphprune.choice.sensitivity import Curve
 from graphprune.costs import CostModel
 from graphprune.errors import BudgetError
@@ -131,6 +131,10 @@ def uniform(
 ) -> list[int]:
     """How many parts each group keeps when one ratio, spread by ``scope``, just meets the budget.
 
+    Sizes are rounded, so that groups of one size are cut by the next step all at the same ratio, and a budget may lie
+    far above what that leaves. Of the groups that the last step cuts, those whose labels are worth most are spared, as
+    many as the budget allows.
+
     Args:
         groups: All groups.
         scores: What each label is worth.
@@ -147,17 +151,43 @@ def uniform(
         return keep_counts(groups, scores, ratios, scope, keep_at_least, round_to)
 
     low, high = 0.0, 1.0 - 1e-6
-    least = at(high)
-    check_reachable(groups, least, cost, budget)
-    best = least
+    best, above = at(high), at(low)
+    check_reachable(groups, best, cost, budget)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         kept = at(middle)
         if cost.total(kept) <= budget:
             best, high = kept, middle
         else:
-            low = middle
-    return best
+            above, low = kept, middle
+    return _spared(best, above, groups, scores, cost, budget)
+
+
+def _spared(
+    kept: Sequence[int],
+    above: Sequence[int],
+    groups: Sequence[Group],
+    scores: Scores,
+    cost: CostModel,
+    budget: float,
+) -> list[int]:
+    """Groups keep what they have in ``above``, those first that lose most worth to ``kept``, within the budget."""
+
+    def worth(group: Group) -> float:
+        """Of the parts in question, each; scores are comparable within a group, so in multiples of its mean."""
+        ranked = ranked_parts(group, scores)
+        parts = ranked[group.unit - above[group.index] : group.unit - kept[group.index]]
+        mean = float(ranked.mean())
+        return float(parts.mean()) / mean if mean > 0 else 0.0
+
+    kept = list(kept)
+    last = [group for group in groups if above[group.index] > kept[group.index]]
+    for group in sorted(last, key=worth, reverse=True):
+        trial = list(kept)
+        trial[group.index] = above[group.index]
+        if cost.total(trial) <= budget:
+            kept = trial
+    return kept
 
 
 def check_reachable(groups: Sequence[Group], least: Sequence[int], cost: CostModel, budget: float) -> None:
