@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,20 +14,11 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from graphprune.cli import main
 from graphprune.passes.prune_channels import PruneChannelsPass
+from tests.command import Cli, Result
 
 MODELS = Path(__file__).resolve().parent.parent / "models"
 SAMPLES = 96
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
 
 
 @pytest.fixture
@@ -38,22 +28,6 @@ def folder(tmp_path: Path) -> Path:
         images, labels = data["image"][:SAMPLES], data["labels"][:SAMPLES]
     np.savez(tmp_path / "calib.npz", image=images, labels=labels)
     return tmp_path
-
-
-@pytest.fixture
-def cli(folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run the command line in ``folder``, in this process."""
-    monkeypatch.chdir(folder)
-
-    def run(*arguments: object) -> Result:
-        capfd.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
-            code = int(stop.code or 0)
-        return Result(code, *capfd.readouterr())
-
-    return run
 
 
 def report_of(result: Result) -> dict[str, Any]:

@@ -6,14 +6,14 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 import pytest
 
-from graphprune.cli import main
 from graphprune.tensorrt import handover
 from graphprune.tensorrt.probe import DEVICE, Device, Found, State, probe
+from tests.command import Cli
 
 from .test_sparsify import network
 from .test_tensorrt_build import STAND_INS, VERSIONS
@@ -21,33 +21,12 @@ from .test_tensorrt_build import STAND_INS, VERSIONS
 SHAPES = ("--shapes", "x:1x16x6x6,4x16x6x6,8x16x6x6")
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(self.out)
-        return data
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture(name="cli")
-def make_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """The command in a folder of its own, where no package of NVIDIA's is found."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The command's own folder, where no package of NVIDIA's is found."""
     monkeypatch.setenv("PYTHONPATH", str(STAND_INS / "empty"))
-    onnx.save(network(), "net.onnx")
-
-    def run(*arguments: str) -> Result:
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
+    onnx.save(network(), tmp_path / "net.onnx")
+    return tmp_path
 
 
 @pytest.fixture
@@ -185,9 +164,7 @@ def test_casting_alone_and_its_exceptions(cli: Cli) -> None:
     ],
 )
 def test_options_of_an_engine_want_one(cli: Cli, given: tuple[str, ...]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        cli("net.onnx", "--nm", "2:4", *given)
-    assert caught.value.code == 2
+    assert cli("net.onnx", "--nm", "2:4", *given).code == 2
 
 
 def test_engine_and_model_have_names_of_their_own(cli: Cli) -> None:

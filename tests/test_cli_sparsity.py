@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
 
-from graphprune.cli import main
 from graphprune.sparsity.packed import PackedReader
+from tests.command import Cli
 
 from .test_sparsify import network
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
 @pytest.fixture
-def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    monkeypatch.chdir(tmp_path)
-    onnx.save(network(), "net.onnx")
-
-    def run(*arguments: str) -> Result:
-        code = main(list(arguments))
-        out, err = capsys.readouterr()
-        return Result(code, out, err)
-
-    return run
+def folder(tmp_path: Path) -> Path:
+    onnx.save(network(), tmp_path / "net.onnx")
+    return tmp_path
 
 
 def weights(path: str) -> dict[str, np.ndarray[Any, Any]]:

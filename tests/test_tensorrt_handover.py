@@ -21,8 +21,9 @@ from graphprune.errors import EngineError
 from graphprune.tensorrt import bench, engines, handover
 from graphprune.tensorrt.engines import EngineRun
 from graphprune.tensorrt.probe import DEVICE, PROVIDER, RTX, TENSORRT, Device, Found, State, probe
+from tests.command import Cli
 
-from .test_cli_engine import SHAPES, Cli, make_cli  # noqa: F401 - a fixture
+from .test_cli_engine import SHAPES, folder  # noqa: F401 - a fixture
 from .test_tensorrt_build import STAND_INS, VERSIONS
 
 CPU = "CPUExecutionProvider"
@@ -263,9 +264,9 @@ def rtx(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
     """A TensorRT-RTX that takes a file by a condition on its name."""
 
     def install(condition: str) -> None:
-        folder = tmp_path / "rtx"
-        folder.mkdir()
-        (folder / "tensorrt_rtx.py").write_text(
+        package = tmp_path / "rtx"
+        package.mkdir()
+        (package / "tensorrt_rtx.py").write_text(
             "import time\n__version__ = '1.4'\n"
             "class ILogger:\n    Severity = None\n"
             "class Logger:\n    ERROR = 1\n    def __init__(self, severity): pass\n"
@@ -289,7 +290,7 @@ def rtx(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[
             "    def get_error(self, index): return Error()\n"
             f"    def parse_from_file(self, path): return {condition}\n"
         )
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(folder), str(STAND_INS / "empty"))))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(package), str(STAND_INS / "empty"))))
 
     return install
 
