@@ -230,7 +230,7 @@ class Pruning:
 
     def verify(self, pruned: Pruned, path: Path | None = None) -> None:
         """Compare a cut with the masked original."""
-        from graphprune.verify import verify
+        from graphprune.verification.pruned import verify
 
         with self._timed("verification"):
             verify(pruned, calibration=self.calibration, seed=self.settings.seed, path=path)
@@ -246,7 +246,7 @@ class Pruning:
             self.verify(pruned, path)
             if not self.settings.blocks:
                 return
-        from graphprune.verify import verify_sound
+        from graphprune.verification.pruned import verify_sound
 
         with self._timed("verification"):
             verify_sound(

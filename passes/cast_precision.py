@@ -20,7 +20,7 @@ from graphprune.precision.choice import MARK, Choice, Chooser, kind_of, title
 from graphprune.precision.comparison import Comparison, Reference, lower
 from graphprune.precision.formats import CONTRACTIONS, Format, find_format
 from graphprune.progress import Progress, timed
-from graphprune.verify import Feeds, random_feeds
+from graphprune.verification.feeds import Feeds, random_feeds
 
 if TYPE_CHECKING:
     from graphprune.calibration import Calibration

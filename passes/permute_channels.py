@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from graphprune.errors import VerificationError
 from graphprune.model import copy, save
 from graphprune.model.inlining import inline
 from graphprune.pipeline import analyze_ir
@@ -29,20 +28,10 @@ from graphprune.sparsity.permutation import (
     find_orders,
     find_stripes,
 )
-from graphprune.verify import (
-    check_valid,
-    difference,
-    dtype_of,
-    expose,
-    first_fault,
-    least_scale,
-    open_session,
-    random_feeds,
-    run_session,
-    tolerance_of,
-)
-
-Feeds = dict[str, npt.NDArray[Any]]
+from graphprune.verification.difference import output_errors
+from graphprune.verification.faults import Complaint, comparable_tensors, require_jumps
+from graphprune.verification.feeds import Feeds, random_feeds
+from graphprune.verification.runs import Outputs, check_valid, expose, open_session, run_session
 
 
 @dataclass
@@ -212,7 +201,6 @@ def compare_permuted(
         VerificationError: The model is invalid, does not load, or differs; the message names the first node at which
             it does.
     """
-    made_by = {tensor.name: tensor.producer for tensor in exchange.analysis.graph.outputs}
     largest = 0.0
     with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
         folder = Path(name)
@@ -220,20 +208,14 @@ def compare_permuted(
         check_valid(folder / "permuted.onnx", original)
         for each in feeds:
             expected, found = _outputs(original, model, each, folder)
-            errors = {
-                name: difference(expected[name], found.get(name), least_scale(made_by.get(name)))
-                for name in expected
-            }
-            wrong = [o for o, error in errors.items() if not error <= tolerance_of(dtype_of(expected[o]))]
+            error, wrong = output_errors(exchange.analysis.graph, expected, found)
             if wrong:
                 _explain(original, model, exchange, each, folder, wrong)
-            largest = max([largest, *(errors[o] for o in errors if o not in wrong)])
+            largest = max(largest, error)
     return largest
 
 
-def _outputs(
-    original: ir.Model, model: ir.Model, feeds: Feeds, folder: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _outputs(original: ir.Model, model: ir.Model, feeds: Feeds, folder: Path) -> tuple[Outputs, Outputs]:
     results = []
     for which, what in ((original, "the original"), (model, "the permuted model")):
         save(which, folder / "run.onnx")
@@ -251,13 +233,7 @@ def _explain(
         VerificationError: Something differs that no jump explains.
     """
     graph = exchange.analysis.graph
-    tensors = {
-        tensor.name: tensor
-        for op in graph.ops
-        if not op.path
-        for tensor in op.outputs
-        if tensor is not None and tensor.shape is not None and not tensor.constant
-    }
+    tensors = comparable_tensors(graph)
     exposed = []
     for each in (original, model):
         made = copy(each)
@@ -272,20 +248,12 @@ def _explain(
             else:  # at the user's sizes, which are not the twin's
                 del expected[name]
     nothing = Masks(exchange.analysis, np.zeros(0, dtype=np.int32))
-    fault, behind = first_fault(graph, tensors, nothing, expected, found)
-    if fault is not None:
-        op, output, error = fault
-        raise VerificationError(
-            f"with its channels permuted, tensor {output.name!r}, made by {op.kind} {op.name!r}, differs from the"
-            f" original by {error:.2g} of its scale; leave the channels as they are (no permutation) and please report"
-            " it"
-        )
-    unexplained = [name for name in wrong if tensors.get(name) not in behind]
-    if unexplained:
-        raise VerificationError(
-            f"with its channels permuted, output {unexplained[0]!r} differs from the original; leave the channels as"
-            " they are (no permutation) and please report it"
-        )
+    complaint = Complaint(
+        "with its channels permuted",
+        "the original",
+        "leave the channels as they are (no permutation) and please report it",
+    )
+    require_jumps(graph, tensors, nothing, expected, found, wrong, complaint)
 
 
 class PermuteChannelsPass(ir.passes.InPlacePass):

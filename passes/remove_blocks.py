@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from graphprune.calibration import Calibration
@@ -30,7 +29,8 @@ from graphprune.errors import ModelError, OptionError, VerificationError
 from graphprune.graph.twin import build_twin
 from graphprune.model import save
 from graphprune.model.inlining import inline
-from graphprune.verify import check_valid, difference, least_scale, tolerance_of
+from graphprune.verification.difference import difference, dtype_of, least_scale, tolerance_of
+from graphprune.verification.runs import check_valid
 
 #: Names listed in a message before it says how many more there are.
 _LISTED = 12
@@ -322,8 +322,7 @@ def _verify(
     worst = 0.0
     for output, reference in expected.items():
         error = difference(reference, found.get(output), least_scale(made_by.get(output)))
-        dtype = reference.dtype if isinstance(reference, np.ndarray) else np.dtype(object)
-        if not error <= tolerance_of(dtype):
+        if not error <= tolerance_of(dtype_of(reference)):
             raise VerificationError(
                 f"output {output!r} without the branches {', '.join(b.name for b in branches[:_LISTED])} differs by"
                 f" {error:.2g} of its scale from the original with these branches multiplied by zero; this is a fault"

@@ -16,7 +16,7 @@ import pytest
 from onnx import numpy_helper
 
 import graphprune
-from graphprune import verify
+from graphprune.verification import pruned
 from tests.command import INPUT, Cli, Result, contents, network, process, shapes
 
 
@@ -134,7 +134,7 @@ def test_no_verify_says_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("verification was called")
 
-    monkeypatch.setattr(verify, "verify", refuse)
+    monkeypatch.setattr(pruned, "verify", refuse)
     result = cli("net.onnx", "--channels", "0.5", "--no-verify")
     assert result.code == 0
     assert "not verified" in result.out

@@ -14,8 +14,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from graphprune import rules, verify
+from graphprune import rules
 from graphprune.rules import registry
+from graphprune.verification import pruned
 from tests.command import INPUT, Cli, contents, network
 
 
@@ -238,7 +239,7 @@ def test_a_signal_in_the_middle(
         os.kill(os.getpid(), number)
         raise AssertionError("the signal did not arrive")
 
-    monkeypatch.setattr(verify, "verify", stop)
+    monkeypatch.setattr(pruned, "verify", stop)
     # Jobs in the background start with SIGINT ignored, and Python then installs no handler.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -279,7 +280,7 @@ def test_a_bug_is_not_bad_input(cli: Cli, folder: Path, monkeypatch: pytest.Monk
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(verify, "verify", fail)
+    monkeypatch.setattr(pruned, "verify", fail)
     before = contents(folder)
     result = cli("net.onnx", "--channels", "0.5")
     assert result.code == 70

@@ -32,7 +32,7 @@ from graphprune.network import Network
 from graphprune.pipeline import analyze_ir
 from graphprune.sparsity.exchange import Exchange, exchange_classes, functions_bearing, occurrences
 from graphprune.sparsity.permutation import apply_orders
-from graphprune.verify import difference, tolerance_of
+from graphprune.verification.difference import difference, tolerance_of
 from tests.laws.graphs import graphs
 from tests.laws.node_suite import node_suite
 from tests.laws.single import Single, literals, open_analysis, run, weights

@@ -9,7 +9,7 @@ import pytest
 
 import graphprune
 from graphprune.graph import Op
-from graphprune.verify import TOLERANCE, difference, least_scale
+from graphprune.verification.difference import TOLERANCE, difference, least_scale
 
 
 def model(text: str, **weights: tuple[int, ...]) -> onnx.ModelProto:

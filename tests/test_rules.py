@@ -28,7 +28,7 @@ from graphprune.model import as_ir
 from graphprune.rules import Refusal, find_rule, flows_of, register, registered
 from graphprune.rules.opaque import REFUSALS
 from graphprune.rules.registry import _RULES
-from graphprune.verify import difference, tolerance_of
+from graphprune.verification.difference import difference, tolerance_of
 from tests.laws.contrib import contrib_suite
 from tests.laws.node_suite import node_suite
 from tests.laws.single import Single, literals, prune_open, run, weights

@@ -16,7 +16,7 @@ from graphprune.costs.timing import Kernel, call_times, median_ratio, profile, r
 from graphprune.errors import ModelError
 from graphprune.model import as_ir
 from graphprune.pipeline import analyze_ir
-from graphprune.verify import random_feeds
+from graphprune.verification.feeds import random_feeds
 from tests.patterns import PATTERNS, Pattern
 from tests.timed_networks import convs, first_layer
 

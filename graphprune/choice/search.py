@@ -103,7 +103,7 @@ def plan_for_latency(
 
 def _measured_ratio(pruning: Pruning, plan: Plan) -> float:
     from graphprune.costs.timing import compare
-    from graphprune.verify import random_feeds
+    from graphprune.verification.feeds import random_feeds
 
     if not plan.cuts:
         return 1.0

@@ -366,7 +366,7 @@ def profile_network(network: Network, feeds: Feeds | None, threads: int) -> Prof
         ModelError: ONNX Runtime cannot run it.
     """
     from graphprune.model import copy
-    from graphprune.verify import random_feeds
+    from graphprune.verification.feeds import random_feeds
 
     model = copy(network.model)
     name_nodes(model)

@@ -31,7 +31,7 @@ from graphprune.model.inlining import inline
 from graphprune.model.nodes import subgraphs
 from graphprune.model.splice import Splicer
 from graphprune.runtime import make_session
-from graphprune.verify import random_feeds
+from graphprune.verification.feeds import random_feeds
 
 if TYPE_CHECKING:
     import onnxruntime

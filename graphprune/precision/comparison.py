@@ -21,7 +21,10 @@ from graphprune.precision.formats import MOVEMENT, Format
 from graphprune.precision.lowering import Done, Lowering
 from graphprune.precision.ranges import MAXIMA, add_probes
 from graphprune.precision.typing import Types
-from graphprune.verify import DISCONTINUOUS, Feeds, check_valid, difference, open_session, run_session
+from graphprune.verification.difference import difference
+from graphprune.verification.faults import DISCONTINUOUS
+from graphprune.verification.feeds import Feeds
+from graphprune.verification.runs import check_valid, open_session, run_session
 
 #: Rounds of a body that count when roundings in a row are counted; most bodies are short, and contract their errors.
 _STEPS = 16

@@ -221,7 +221,7 @@ def bounds(twin: Graph, roundoff: float) -> dict[str, float | None]:
 
 def _jumps(op: Op) -> bool:
     """A small change of a real that the op reads may change its result a lot."""
-    from graphprune.verify import DISCONTINUOUS
+    from graphprune.verification.faults import DISCONTINUOUS
 
     if op.op_type not in DISCONTINUOUS or op.op_type in _LEVELS or op.op_type == "Where":
         return False
@@ -242,7 +242,7 @@ def _jumps(op: Op) -> bool:
 
 
 def _feeds(twin: Graph, source: Source) -> dict[str, npt.NDArray[Any]]:
-    from graphprune.verify import random_feeds
+    from graphprune.verification.feeds import random_feeds
 
     if source.calibration is None:
         return random_feeds(twin, source.seed)
@@ -262,7 +262,7 @@ def _run(
     model: ir.Model, twin: Graph, plan: BuildPlan, feeds: dict[str, npt.NDArray[Any]]
 ) -> dict[str, npt.NDArray[Any]]:
     """ONNX Runtime's outputs; of bfloat16, which it has next to no kernels for, those of an emulation."""
-    from graphprune.verify import open_session, run_session
+    from graphprune.verification.runs import open_session, run_session
 
     if "BFLOAT16" not in plan.precision.floats:
         with open_session(Path(plan.model), "the network") as session:

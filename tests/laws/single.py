@@ -32,7 +32,7 @@ from graphprune.network import Network
 from graphprune.pipeline import reference_of
 from graphprune.plan import Masks, make_plan
 from graphprune.rewrite import Edits, Rewriter, collect, functions_to_inline
-from graphprune.verify import difference, tolerance_of
+from graphprune.verification.difference import difference, tolerance_of
 
 Array = npt.NDArray[Any]
 Feeds = dict[str, Any]
