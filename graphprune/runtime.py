@@ -65,3 +65,20 @@ def make_session(
         return onnxruntime.InferenceSession(payload, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(f"ONNX Runtime cannot load {what}: {said(error, 2)}") from error
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, feeds: Mapping[str, Any], what: str = "the model"
+) -> dict[str, Any]:
+    """All outputs by name, on those of the feeds that the model takes; ``what`` it is called in complaints.
+
+    Raises:
+        ModelError: ONNX Runtime cannot run it.
+    """
+    names = [output.name for output in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    try:
+        results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime cannot run {what}: {said(error, 2)}") from error
+    return dict(zip(names, results, strict=True))

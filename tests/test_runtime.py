@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from graphprune.errors import ModelError, said
-from graphprune.runtime import make_session
+from graphprune.runtime import make_session, run_session
 from tests.twins import parse
 
 
@@ -59,3 +59,11 @@ def test_what_another_package_says_becomes_one_line() -> None:
     assert said(error) == "first"
     assert said(error, 2) == "first second"
     assert said(ValueError()) == "ValueError"
+
+
+def test_a_run_takes_the_feeds_that_it_knows_and_says_what_failed() -> None:
+    session = make_session(product())
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    assert np.array_equal(run_session(session, {"x": x, "unknown": x})["y"], x)
+    with pytest.raises(ModelError, match="cannot run the product: "):
+        run_session(session, {"x": x[:, :3]}, "the product")

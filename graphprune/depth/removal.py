@@ -23,14 +23,14 @@ from graphprune.depth.blocks import (
     find_branches,
     is_fused_norm,
 )
-from graphprune.errors import ModelError, OptionError, said
+from graphprune.errors import ModelError, OptionError
 from graphprune.graph.twin import build_twin
 from graphprune.masked import WHERE_SINCE
 from graphprune.model import copy, save
 from graphprune.model.inlining import inline
 from graphprune.model.nodes import subgraphs
 from graphprune.model.splice import Splicer
-from graphprune.runtime import make_session
+from graphprune.runtime import make_session, run_session
 from graphprune.verification.feeds import random_feeds
 
 if TYPE_CHECKING:
@@ -318,16 +318,10 @@ def _session(model: ir.Model, path: Path) -> onnxruntime.InferenceSession:
 
 
 def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
-    names = [output.name for output in session.get_outputs()]
-    wanted = {value.name for value in session.get_inputs()}
     try:
-        results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
-    except Exception as error:
-        raise ModelError(
-            f"ONNX Runtime cannot run the network to measure its blocks: {said(error)}; give inputs that it can run"
-            " with --calib"
-        ) from error
-    return dict(zip(names, results, strict=True))
+        return run_session(session, feeds, "the network to measure its blocks")
+    except ModelError as error:
+        raise ModelError(f"{error}; give inputs that it can run with --calib") from error
 
 
 # -- cutting --------------------------------------------------------------------------------------------------------

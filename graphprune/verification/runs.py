@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import onnx_ir as ir
 
+from graphprune import runtime
 from graphprune.errors import ModelError, VerificationError, said
 from graphprune.model import save
-from graphprune.runtime import make_session
 from graphprune.verification.feeds import Feeds
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def open_session(path: Path, what: str) -> Iterator[onnxruntime.InferenceSession
     """
     try:
         # Unoptimised: both models then run the same kernels, so that rounding alone can differ.
-        session = make_session(path, optimise=False, what=what, entries=_UNPACKED, enable_mem_pattern=False)
+        session = runtime.make_session(
+            path, optimise=False, what=what, entries=_UNPACKED, enable_mem_pattern=False
+        )
     except ModelError as error:
         raise VerificationError(
             f"{error}; if it does not know an op or type of the original either, nothing can be verified here: use"
@@ -70,16 +72,12 @@ def run_session(session: onnxruntime.InferenceSession, feeds: Feeds, what: str) 
     Raises:
         VerificationError: ONNX Runtime cannot run it.
     """
-    names = [output.name for output in session.get_outputs()]
-    wanted = {value.name for value in session.get_inputs()}
     try:
-        results = session.run(names, {name: array for name, array in feeds.items() if name in wanted})
-    except Exception as error:
+        return runtime.run_session(session, feeds, what)
+    except ModelError as error:
         raise VerificationError(
-            f"ONNX Runtime cannot run {what}: {said(error, 2)}; if it cannot run the original on random inputs"
-            " either, give inputs that it can with --calib"
+            f"{error}; if it cannot run the original on random inputs either, give inputs that it can with --calib"
         ) from error
-    return dict(zip(names, results, strict=True))
 
 
 def expose(model: ir.Model, by_name: Mapping[str | None, ir.Value], names: Sequence[str]) -> None:
