@@ -143,9 +143,10 @@ def _prune_parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--blocks-by",
-        choices=("cosine", "error"),
+        choices=("cosine", "error", "refit"),
         default="cosine",
-        help="which: those that turn the stream least, or those without which the outputs change least (slower)",
+        help="which: those that turn the stream least, those without which the outputs change least (slower), or those"
+        " that a refit of what is left makes good best",
     )
     what.add_argument("--plan", type=Path, metavar="FILE", help="carry out this plan instead of choosing")
     _budget_arguments(parser)

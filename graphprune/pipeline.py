@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graphprune.axes.analysis import Analysis
 from graphprune.axes.groups import find_groups
 from graphprune.choice.budget import only_budget
 from graphprune.choice.choose import Request
+from graphprune.depth import Criterion
 from graphprune.errors import ModelError
 from graphprune.graph import Op
 from graphprune.graph.twin import build_twin
@@ -124,7 +125,7 @@ def prune(
     repair: bool | None = None,
     dead: bool = False,
     blocks: int = 0,
-    blocks_by: Literal["cosine", "error"] = "cosine",
+    blocks_by: Criterion = "cosine",
     jobs: int = 1,
     executor: Executor | None = None,
     round_to: int | None = None,
@@ -162,8 +163,8 @@ def prune(
         repair: Refit what reads a cut; by default with ``calibration``.
         dead: First remove, exactly, what contributes nothing.
         blocks: First remove so many residual branches.
-        blocks_by: Which: those that turn the stream least (``cosine``), or those without which the outputs change least
-            (``error``; the network is run once for each branch).
+        blocks_by: Which: those that turn the stream least (``cosine``), those without which the outputs change least
+            (``error``; the network is run once for each branch), or those that a refit can make good best (``refit``).
         jobs: Trials of ``max_drop`` that run at once.
         executor: Runs those trials: anything with the interface of :class:`concurrent.futures.Executor`.
         round_to: What stays of each group is a multiple of this; None: of 8 in groups of 32 and more; 1: no rounding.

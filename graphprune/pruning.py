@@ -12,6 +12,7 @@ from graphprune.calibration import Calibration, load_calibration
 from graphprune.choice.budget import Budget
 from graphprune.choice.selection import Selection
 from graphprune.cost import macs, parameters
+from graphprune.depth import SAYS
 from graphprune.errors import NothingToPruneError, OptionError
 from graphprune.graph.twin import build_twin
 from graphprune.model import copy, file_size
@@ -128,10 +129,8 @@ class Pruning:
                 seed=self.settings.seed,
                 progress=self._progress,
             )
-        changed = {"cosine": "turned the stream", "error": "changed the outputs"}[blocks.by]
-        self.notes += [
-            f"block {block.name} is gone: it {changed} by {block.score:.3g}" for block in blocks.removed
-        ]
+        says = SAYS[blocks.by]
+        self.notes += [f"block {block.name} is gone: {says.format(block.score)}" for block in blocks.removed]
         return work
 
     @property

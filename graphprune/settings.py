@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 from graphprune.choice.budget import Budget
 from graphprune.choice.choose import Request
+from graphprune.depth import Criterion, check_criterion
 from graphprune.errors import OptionError
 from graphprune.plan import Plan
 
@@ -30,7 +30,7 @@ class Settings:
         repair: Refit what reads a cut; None: where something is cut and there are calibration inputs.
         dead: First remove, exactly, what contributes nothing.
         blocks: First remove so many residual branches.
-        blocks_by: Which: those that turn the stream least, or those without which the outputs change least.
+        blocks_by: Which: see :func:`graphprune.depth.measures.measure_branches`.
         input_shapes: Sizes for inputs with dynamic dimensions, by input name.
         seed: For whatever is drawn at random.
         searched: How much goes is found by trials: as much as keeps a metric.
@@ -45,7 +45,7 @@ class Settings:
     repair: bool | None = None
     dead: bool = False
     blocks: int = 0
-    blocks_by: Literal["cosine", "error"] = "cosine"
+    blocks_by: Criterion = "cosine"
     input_shapes: Mapping[str, Sequence[int]] | None = None
     seed: int = 0
     searched: bool = False
@@ -63,8 +63,7 @@ class Settings:
             )
         if self.budget is not None and (self.request.channels or self.plan is not None):
             raise OptionError("a ratio of channels, a plan and a budget exclude each other")
-        if self.blocks_by not in ("cosine", "error"):
-            raise OptionError(f"unknown measure of blocks {self.blocks_by!r}; there are cosine, error")
+        check_criterion(self.blocks_by)
         if self.blocks < 0:
             raise OptionError(f"blocks is {self.blocks}; give a number of residual branches")
 

@@ -14,15 +14,13 @@ import onnx_ir as ir
 
 from graphprune.calibration import Calibration
 from graphprune.cost import macs, macs_of, parameters
+from graphprune.depth import Criterion, check_criterion
 from graphprune.depth.blocks import Branch, dead_ops, readers_of_values
+from graphprune.depth.measures import Progress, measure_branches
 from graphprune.depth.removal import (
-    Criterion,
     Cut,
-    Feeds,
-    Progress,
     ResidualNetwork,
     cut_branches,
-    measure_branches,
     node_at,
 )
 from graphprune.errors import ModelError, OptionError, VerificationError
@@ -30,6 +28,7 @@ from graphprune.graph.twin import build_twin
 from graphprune.model import save
 from graphprune.model.inlining import inline
 from graphprune.verification.difference import difference, dtype_of, least_scale, tolerance_of
+from graphprune.verification.feeds import Feeds
 from graphprune.verification.runs import check_valid
 
 #: Names listed in a message before it says how many more there are.
@@ -42,7 +41,7 @@ class RemovedBlock:
 
     Attributes:
         name: The op that added it to the stream.
-        score: What was measured when it was chosen; see :func:`graphprune.depth.removal.measure_branches`.
+        score: What was measured when it was chosen; see :func:`graphprune.depth.measures.measure_branches`.
         ops: Number of ops that went with it.
         parameters: Weights that only it read.
         macs: Its multiply-accumulates.
@@ -75,7 +74,7 @@ class BlocksReport:
     removed: list[RemovedBlock]
     kept: dict[str, float]
     refused: dict[str, str]
-    by: str
+    by: Criterion
     parameters_before: int
     parameters_after: int
     macs_before: int
@@ -158,7 +157,7 @@ def remove_blocks(
         model: Changed in place; as it was if anything is raised.
         count: Number of branches to remove.
         calibration: Inputs to measure on; random ones, with a warning, if None.
-        by: ``cosine`` or ``error``: see :func:`graphprune.depth.removal.measure_branches`.
+        by: ``cosine``, ``error`` or ``refit``: see :func:`graphprune.depth.measures.measure_branches`.
         remeasure: Measure again after each choice, without what has been chosen. (ResNet-56 on CIFAR-10 with 8 of its
             25 branches gone by ``cosine`` has 54.0 % of its 83.3 % top-1 left then, 31.8 % if all are measured once;
             by ``error`` it has 64.5 %.)
@@ -174,8 +173,7 @@ def remove_blocks(
     """
     if count < 0:
         raise OptionError(f"blocks must be 0 or more, not {count}")
-    if by not in ("cosine", "error"):
-        raise OptionError(f"unknown measure of blocks {by!r}; there are cosine, error")
+    check_criterion(by)
     clock = _Clock()
     network = ResidualNetwork.of(model, input_shapes)
     _check_count(network, count)

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -14,6 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from graphprune.depth import Criterion
 from graphprune.passes.prune_channels import PruneChannelsPass
 from tests.command import Cli, Result
 
@@ -129,6 +130,15 @@ def test_blocks_alone(cli: Cli, folder: Path) -> None:
     assert kept(report, "macs") < 1
     assert any(note.startswith("block ") for note in report["notes"])
     assert correct(folder / "net.pruned.onnx") > 250
+
+
+@pytest.mark.parametrize("by", get_args(Criterion))
+def test_blocks_by_each_measure(cli: Cli, by: str) -> None:
+    report = report_of(
+        cli("net.onnx", "--blocks", "1", "--blocks-by", by, "--calib", "calib.npz", "--json", "-q")
+    )
+    (note,) = (note for note in report["notes"] if "is gone" in note)
+    assert "block /block3/Add is gone: " in note
 
 
 def test_the_pass_repairs_in_place(folder: Path) -> None:

@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from graphprune.depth.removal import ResidualNetwork, change_of_direction, measure_branches
+from graphprune.depth import measures
+from graphprune.depth.measures import change_of_direction, measure_branches
+from graphprune.depth.removal import ResidualNetwork
+from graphprune.kernels.gram import GramAccumulator
 from graphprune.model import load
 from graphprune.passes.remove_blocks import RemoveBlocksPass, remove_blocks
 from tests.residual import (
@@ -19,8 +22,10 @@ from tests.residual import (
     Array,
     accuracy,
     calibration,
+    convolutional,
     digits_inputs,
     found,
+    image_calibration,
     macs,
     relu,
     run,
@@ -101,6 +106,67 @@ def test_error_of_outputs_that_are_not_real_is_the_share_that_changes() -> None:
     assert 0 < score < 1
 
 
+def unexplained(x: Array, y: Array) -> float:
+    """The share of y's variance that least squares on x with an intercept leaves."""
+    design = np.c_[x, np.ones(len(x))]
+    left = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
+    return float(np.square(left).sum() / np.square(y - y.mean(0)).sum())
+
+
+def test_refit_is_the_variance_that_no_affine_map_of_the_stream_explains() -> None:
+    model, w = stack()
+    network = ResidualNetwork.of(model)
+    inputs = calibration(100)
+    scores = measure_branches(network, inputs, by="refit")
+    again = measure_branches(network, inputs, by="refit", removed=network.branches[:1])
+    whole = without_first = np.asarray(inputs.inputs["x"]).astype(np.float64)
+    for k, branch in enumerate(network.branches, 1):
+        stream = whole
+        whole = stream + relu(stream @ w[f"w{k}"]) @ w[f"v{k}"]
+        assert scores[branch] == pytest.approx(unexplained(stream, whole), abs=2e-5)
+        if k > 1:
+            stream = without_first
+            without_first = stream + relu(stream @ w[f"w{k}"]) @ w[f"v{k}"]
+            more = unexplained(stream, whole) - unexplained(without_first, whole)
+            assert again[branch] == pytest.approx(max(more, 0), abs=2e-5)
+
+
+def test_a_branch_that_is_affine_can_be_made_good() -> None:
+    """However far it turns the stream; the other is far smaller, but no refit makes it good."""
+    model = parse(
+        """agraph (float[N, 6] x) => (float[N, 6] y) {
+            f = Gemm(x, w, b)  s = Add(x, f)  r = Relu(s)
+            p = MatMul(r, v)  q = Relu(p)  t = Add(r, q)  y = MatMul(t, head)
+        }""",
+        b=np.ones(6, np.float32),
+        **{name: array * (0.3 if name == "v" else 1) for name, array in weights("w v head").items()},
+    )
+    network = ResidualNetwork.of(model)
+    affine, bent = network.branches
+    inputs = calibration(200)
+    refit, cosine = (measure_branches(network, inputs, by=by) for by in ("refit", "cosine"))
+    assert refit[affine] < 1e-4 < refit[bent]
+    assert cosine[affine] > 2 * cosine[bent]
+
+
+def test_rows_are_drawn_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = ResidualNetwork.of(convolutional())
+    every = measure_branches(network, image_calibration(), by="refit")
+    seen: list[int] = []
+    add = GramAccumulator.add
+
+    def counted(self: Any, x: Array, y: Array) -> None:
+        seen.append(len(x))
+        add(self, x, y)
+
+    monkeypatch.setattr(GramAccumulator, "add", counted)
+    monkeypatch.setattr(measures, "ROWS_PER_CHANNEL", 16)
+    drawn = measure_branches(network, image_calibration(), by="refit")
+    assert max(seen) <= 16 * 8
+    assert drawn == measure_branches(network, image_calibration(), by="refit")
+    assert min(drawn, key=lambda branch: drawn[branch]) is min(every, key=lambda branch: every[branch])
+
+
 def test_random_inputs_come_with_a_warning() -> None:
     model, _ = stack()
     with pytest.warns(UserWarning, match="random inputs"):
@@ -132,7 +198,7 @@ def test_digits_transformer_loses_its_layers_one_by_one() -> None:
     assert found(model) == []
 
 
-@pytest.mark.parametrize("by", ["cosine", "error"])
+@pytest.mark.parametrize("by", ["cosine", "error", "refit"])
 def test_digits_cnn_loses_the_block_that_it_can_do_without(by: Any) -> None:
     model = load(MODELS / "digits.onnx")
     report = remove_blocks(model, 1, calibration=digits_inputs(), by=by)

@@ -14,7 +14,8 @@ import pytest
 import graphprune
 from graphprune.calibration import Calibration
 from graphprune.depth.blocks import Branch
-from graphprune.depth.removal import ResidualNetwork, measure_branches
+from graphprune.depth.measures import measure_branches
+from graphprune.depth.removal import ResidualNetwork
 from graphprune.passes.remove_blocks import RemoveBlocksPass, remove_blocks
 from tests.residual import (
     CONVOLUTIONAL,
@@ -54,7 +55,7 @@ def test_branch_of_a_residual_cnn_is_removed() -> None:
     np.testing.assert_array_equal(run(model, {"x": x})["y"], run(rest, {"x": x})["y"])
 
 
-@pytest.mark.parametrize("by", ["cosine", "error"])
+@pytest.mark.parametrize("by", ["cosine", "error", "refit"])
 def test_the_planted_branch_goes_first(by: Any) -> None:
     model, w = stack()
     report = remove_blocks(model, 1, calibration=calibration(), by=by)
@@ -70,7 +71,7 @@ def test_the_planted_branch_goes_first(by: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("by", ["cosine", "error"])
+@pytest.mark.parametrize("by", ["cosine", "error", "refit"])
 def test_several_branches_against_numpy(by: Any, count: int) -> None:
     model, w = stack()
     sums = {branch.name: k for k, branch in enumerate(found(model), 1)}

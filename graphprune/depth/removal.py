@@ -1,13 +1,11 @@
-"""Depth: residual branches measured on inputs, and cut out whole."""
+"""Depth: a network without some of its residual branches, cut out whole."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,33 +21,20 @@ from graphprune.depth.blocks import (
     find_branches,
     is_fused_norm,
 )
-from graphprune.errors import ModelError, OptionError
 from graphprune.graph.twin import build_twin
 from graphprune.masked import WHERE_SINCE
-from graphprune.model import copy, save
+from graphprune.model import copy
 from graphprune.model.inlining import inline
 from graphprune.model.nodes import subgraphs
 from graphprune.model.splice import Splicer
-from graphprune.runtime import make_session, run_session
-from graphprune.verification.feeds import random_feeds
-
-if TYPE_CHECKING:
-    import onnxruntime
+from graphprune.verification.feeds import Feeds, random_feeds
 
 Array: TypeAlias = npt.NDArray[Any]
-Feeds: TypeAlias = dict[str, Array]
-Progress: TypeAlias = Callable[[str], None]
-#: How a branch is judged: by what it adds to the stream, or by what its removal does to the network's outputs.
-Criterion: TypeAlias = Literal["cosine", "error"]
 
 #: Streams and results of all branches, of one batch, are to take no more bytes than this.
 BATCH_BYTES = 256 << 20
 #: Most samples at once.
 BATCH = 64
-#: Samples on which the error is measured: the network runs once for each branch.
-ERROR_SAMPLES = 128
-#: The network's own outputs are remembered up to this many bytes, and computed again above.
-OUTPUT_BYTES = 512 << 20
 #: Random inputs, of the twin's sizes, where no calibration is given.
 RANDOM_RUNS = 4
 
@@ -121,207 +106,6 @@ def node_at(branch: Branch) -> ir.Node:
     node = branch.op.node
     assert node is not None
     return node
-
-
-# -- measuring ------------------------------------------------------------------------------------------------------
-
-
-def measure_branches(
-    network: ResidualNetwork,
-    calibration: Calibration | None = None,
-    *,
-    by: Criterion = "cosine",
-    removed: Sequence[Branch] = (),
-    branches: Sequence[Branch] | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[Branch, float]:
-    """How much each branch matters: at least 0, and 0 for a branch that does nothing.
-
-    ``cosine``
-        ``1 - E[cos(s, s + f)]`` of the stream before and after the branch: the Block Influence of Men et al.,
-        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect" (2024), eq. 1. They take the
-        cosine over the channels of each token; here it is taken over all that a sample holds (the tensor flattened
-        but for axis 0), which needs no notion of a channel axis, and the mean over samples. One run of the network.
-
-    ``error``
-        The relative change of the network's outputs when the branch is removed, ``|y' - y| / |y|`` in the 2-norm over
-        all samples, averaged over outputs; for outputs that are not real, the share of elements that change.
-        One run of the network for each branch, on the first 128 samples.
-
-    Args:
-        network: The network.
-        calibration: Inputs; random ones if None.
-        by: What to measure.
-        removed: Branches that are removed already; ``error`` still compares with the whole network.
-        branches: What to measure; all removable branches that are not removed if None.
-        seed: For random inputs.
-        progress: Called with what is being done.
-
-    Returns:
-        A number for each branch; infinity where NaN or infinities come up.
-
-    Raises:
-        OptionError: ``by`` is unknown, or a branch is not removable.
-        ModelError: ONNX Runtime cannot run the network on the inputs.
-    """
-    if branches is None:
-        gone = {op for branch in removed for op in (branch.op, *branch.ops)}
-        branches = [branch for branch in network.removable if branch.op not in gone]
-    for branch in (*branches, *removed):
-        if branch.obstacle is not None:
-            raise OptionError(f"branch {branch.name!r} cannot be removed: {branch.obstacle}")
-    if by == "cosine":
-        if progress is not None:
-            progress("measuring blocks")
-        return _influence(network, branches, removed, calibration, seed)
-    if by == "error":
-        return _errors(network, branches, removed, calibration, seed, progress)
-    raise OptionError(f"unknown measure of blocks {by!r}; there are cosine, error")
-
-
-def _influence(
-    network: ResidualNetwork,
-    branches: Sequence[Branch],
-    removed: Sequence[Branch],
-    calibration: Calibration | None,
-    seed: int,
-) -> dict[Branch, float]:
-    model = copy(network.model)
-    node_of = dict(zip(network.model.graph.all_nodes(), model.graph.all_nodes(), strict=True))
-    cuts = [Cut(node_of[node_at(b)], b.kept, b.dropped) for b in sorted(removed, key=lambda b: b.op.index)]
-    sums = [node_of[node_at(branch)] for branch in branches]
-    cut_branches(model, cuts)
-    pairs: list[tuple[str, str]] = []
-    for node, branch in zip(sums, branches, strict=True):
-        values = node.inputs[branch.kept], node.inputs[branch.dropped]
-        for value in values:
-            # A stream may be an input of the graph: that is no output, and its feed is at hand.
-            if value is not None and not value.is_graph_output() and not value.is_graph_input():
-                model.graph.outputs.append(value)
-        pairs.append((_name(values[0]), _name(values[1])))
-    total = np.zeros(len(branches))
-    samples = np.zeros(len(branches))
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-        session = _session(model, Path(folder) / "exposed.onnx")
-        for feeds in network.batches(calibration, seed):
-            found = {**feeds, **_run(session, feeds)}
-            for k, (stream, result) in enumerate(pairs):
-                changes = change_of_direction(found[stream], found[result])
-                total[k] += changes.sum()
-                samples[k] += len(changes)
-    return {
-        branch: _finite(total[k] / samples[k] if samples[k] else np.nan) for k, branch in enumerate(branches)
-    }
-
-
-def change_of_direction(stream: Array, result: Array) -> npt.NDArray[np.float64]:
-    """``1 - cos(s, s + f)`` for each sample; 0 where both are zero, 1 where one is.
-
-    Args:
-        stream, result: Real arrays of one shape, samples along axis 0; a scalar or a vector is one sample.
-    """
-    rows = (len(stream), -1) if stream.ndim > 1 else (1, -1)
-    before = stream.astype(np.float64).reshape(rows)
-    added = result.astype(np.float64).reshape(rows)
-    after = before + added
-    # 1 - cos = |u - v|^2 / 2 for unit vectors u, v: exact for small changes, where 1 - cos would cancel.
-    lengths = np.linalg.norm(before, axis=1), np.linalg.norm(after, axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        distance = before / lengths[0][:, None] - after / lengths[1][:, None]
-        changes: npt.NDArray[np.float64] = np.square(distance).sum(axis=1) / 2
-    empty = (lengths[0] == 0) | (lengths[1] == 0)
-    return np.where(empty, (lengths[0] != lengths[1]).astype(np.float64), changes)
-
-
-def _errors(
-    network: ResidualNetwork,
-    branches: Sequence[Branch],
-    removed: Sequence[Branch],
-    calibration: Calibration | None,
-    seed: int,
-    progress: Progress | None,
-) -> dict[Branch, float]:
-    errors: dict[Branch, float] = {}
-    calibration = calibration.subset(ERROR_SAMPLES) if calibration is not None else None
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
-        folder = Path(name)
-        original = _session(network.model, folder / "original.onnx")
-        remembered: list[Feeds] = []
-        held = 0
-        for number, branch in enumerate(branches):
-            if progress is not None:
-                progress(f"measuring blocks: {number + 1} of {len(branches)}")
-            trial = _session(network.without([*removed, branch]), folder / "trial.onnx")
-            change = _Change()
-            for index, feeds in enumerate(network.batches(calibration, seed)):
-                if index < len(remembered):
-                    expected = remembered[index]
-                else:
-                    expected = _run(original, feeds)
-                    held += sum(a.nbytes for a in expected.values() if isinstance(a, np.ndarray))
-                    if held <= OUTPUT_BYTES and index == len(remembered):
-                        remembered.append(expected)
-                change.add(expected, _run(trial, feeds))
-            errors[branch] = _finite(change.value())
-    return errors
-
-
-class _Change:
-    """The relative change of outputs, summed up batch by batch."""
-
-    def __init__(self) -> None:
-        self._changed: dict[str, float] = {}
-        self._total: dict[str, float] = {}
-        self._real: dict[str, bool] = {}
-
-    def add(self, expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-        for name, before in expected.items():
-            after = found[name]
-            if not isinstance(before, np.ndarray) or not isinstance(after, np.ndarray):
-                continue
-            self._real[name] = before.dtype.kind in "fV"
-            if self._real[name] and before.shape == after.shape:
-                reference = before.astype(np.float64)
-                changed = float(np.square(after.astype(np.float64) - reference).sum())
-                total = float(np.square(reference).sum())
-            else:  # a result of another length is another result
-                same = before.shape == after.shape
-                changed = float((before != after).sum()) if same else float(before.size)
-                total = float(before.size)
-            self._changed[name] = self._changed.get(name, 0.0) + changed
-            self._total[name] = self._total.get(name, 0.0) + total
-
-    def value(self) -> float:
-        """The mean over outputs; that of the real ones where there are any."""
-        names = [name for name, real in self._real.items() if real] or list(self._real)
-        changes = []
-        for name in names:
-            share = self._changed[name] / self._total[name] if self._total[name] else self._changed[name]
-            changes.append(share**0.5 if self._real[name] else share)
-        return float(np.mean(changes)) if changes else 0.0
-
-
-def _finite(number: float) -> float:
-    return float(number) if np.isfinite(number) else float("inf")
-
-
-def _name(value: ir.Value | None) -> str:
-    assert value is not None
-    assert value.name is not None
-    return value.name
-
-
-def _session(model: ir.Model, path: Path) -> onnxruntime.InferenceSession:
-    save(model, path)
-    return make_session(path)
-
-
-def _run(session: onnxruntime.InferenceSession, feeds: Feeds) -> Feeds:
-    try:
-        return run_session(session, feeds, "the network to measure its blocks")
-    except ModelError as error:
-        raise ModelError(f"{error}; give inputs that it can run with --calib") from error
 
 
 # -- cutting --------------------------------------------------------------------------------------------------------
