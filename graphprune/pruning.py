@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.axes.analysis import Analysis
 from graphprune.calibration import Calibration, load_calibration
-from graphprune.choice.budget import Budget
+from graphprune.choice.budget import Budget, cost_model
 from graphprune.choice.selection import Selection
 from graphprune.cost import macs, parameters
 from graphprune.depth import SAYS
@@ -134,6 +135,22 @@ class Pruning:
         return work
 
     @property
+    def makes_smaller_first(self) -> bool:
+        """True if something goes before anything is chosen: what is dead, or blocks."""
+        return self.settings.dead or self.settings.blocks > 0
+
+    @cached_property
+    def budget(self) -> Budget | None:
+        """The settings' budget, as a part of what is left to choose from: users speak of the model that they gave."""
+        budget = self.settings.budget
+        if budget is None or budget.kind in ("size", "latency") or not self.makes_smaller_first:
+            return budget
+        original = analyze_ir(copy(self.original), self.settings.input_shapes)
+        whole = cost_model(original, budget.kind).total([group.unit for group in original.groups])
+        left = self.selection.cost(budget).total([group.unit for group in self.network.groups])
+        return budget.scaled(whole / left)
+
+    @property
     def repairs(self) -> bool:
         """True if what reads a cut is to be refitted."""
         if self.settings.repair is None:
@@ -151,7 +168,7 @@ class Pruning:
         Raises:
             NothingToPruneError: The plan removes nothing, and nothing else was asked for.
         """
-        if not plan.cuts and not (self.settings.dead or self.settings.blocks):
+        if not plan.cuts and not self.makes_smaller_first:
             raise NothingToPruneError(
                 "the request removes nothing: every free group would keep all it has; raise the ratio or lower round_to"
             )
@@ -191,7 +208,7 @@ class Pruning:
         return Pruned(reference, work, network, masks, report, node_of, by_node, self.calibration)
 
     def _macs_before(self, network: Network) -> int:
-        if not (self.settings.dead or self.settings.blocks):
+        if not self.makes_smaller_first:
             return macs(network.analysis)
         return macs(Analysis(build_twin(copy(self.original), self.settings.input_shapes)))
 
@@ -308,7 +325,7 @@ def finish(pruning: Pruning, drop: Drop | None = None, metric_data: object = Non
     elif budget is not None and budget.kind == "latency":
         plan = pruning.plan_for_latency(budget)
     else:
-        plan = pruning.plan()
+        plan = pruning.plan(pruning.budget)
     pruned = _carried_out(pruning, plan)
     if budget is not None and budget.kind == "size" and pruned.report.bytes_after > budget.limit:
         # A repair adds biases where layers had none; they count.

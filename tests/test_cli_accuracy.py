@@ -132,6 +132,17 @@ def test_blocks_alone(cli: Cli, folder: Path) -> None:
     assert correct(folder / "net.pruned.onnx") > 250
 
 
+@pytest.mark.parametrize("kind", ["macs", "params"])
+def test_a_budget_is_of_the_model_that_was_given(cli: Cli, kind: str) -> None:
+    """Whatever goes before: a block is a quarter of this network."""
+    name = {"macs": "macs", "params": "parameters"}[kind]
+    options = ("--blocks", "1", "--calib", "calib.npz", "--no-repair", "--json", "-q")
+    alone = kept(report_of(cli("net.onnx", *options)), name)
+    assert alone < 0.9
+    assert 0.5 * 0.93 < kept(report_of(cli("net.onnx", f"--{kind}", "0.5", *options)), name) <= 0.5
+    assert kept(report_of(cli("net.onnx", f"--{kind}", "0.95", *options)), name) == alone
+
+
 @pytest.mark.parametrize("by", get_args(Criterion))
 def test_blocks_by_each_measure(cli: Cli, by: str) -> None:
     report = report_of(

@@ -54,9 +54,10 @@ def accuracy(model: Any, data: dict[str, Array]) -> float:
 class Latency:
     """A pruning for a latency of which the tables are the multiply-accumulates."""
 
-    def __init__(self, limit: float, truth: Callable[[float], float]) -> None:
+    def __init__(self, limit: float, truth: Callable[[float], float], blocks: int = 0) -> None:
         self.budget = Budget("latency", limit)
-        self.pruning = Pruning(as_ir(DIGITS)[0], Settings(budget=self.budget, scope="local"), verify=False)
+        settings = Settings(budget=self.budget, scope="local", blocks=blocks, repair=False)
+        self.pruning = Pruning(as_ir(DIGITS)[0], settings, verify=False)
         self.cost = MacsCost(self.pruning.network)
         self.pruning.selection._costs["latency"] = self.cost
         self.truth = truth
@@ -100,6 +101,19 @@ def test_a_latency_is_corrected_by_measurements(truth: str) -> None:
     # What is returned belongs together.
     assert search.ratio(plan) == measured
     assert TRUTHS[truth](predicted) == pytest.approx(measured, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:blocks were measured on random inputs")
+def test_a_latency_is_of_the_original_where_blocks_went_first() -> None:
+    search = Latency(0.5, lambda share: share, blocks=1)
+    _, predicted, measured = search.search()
+    assert search.measured[0] < 0.9  # with the block gone, and nothing else
+    assert len(search.measured) == 2  # the tables are right: one plan is enough
+    assert predicted == pytest.approx(measured, rel=1e-6)
+    assert 0.5 * 0.9 < measured <= 0.5
+    plan, predicted, measured = Latency(0.95, lambda share: share, blocks=1).search()
+    assert not plan.cuts  # that block was enough
+    assert predicted == measured == search.measured[0]
 
 
 def test_a_latency_that_cannot_be_reached_says_what_was() -> None:
