@@ -199,7 +199,7 @@ def check_reachable(groups: Sequence[Group], least: Sequence[int], cost: CostMod
     whole, reachable = cost.total([group.unit for group in groups]), cost.total(least)
     if reachable > budget:
         raise BudgetError(
-            f"the budget of {budget:,.4g} {cost.unit} ({budget / whole:.3f} of the network's) cannot be reached: cutting"
-            f" all that may be cut leaves {reachable:,.4g} ({reachable / whole:.3f}); raise it, allow more with"
+            f"the budget of {budget:,.4g} {cost.unit} ({budget / whole:.3f} of the network's) cannot be reached:"
+            f" cutting all that may be cut leaves {reachable:,.4g} ({reachable / whole:.3f}); raise it, allow more with"
             " --residual or a lower --keep-at-least, or exclude less"
         )
